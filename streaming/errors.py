@@ -1,0 +1,60 @@
+"""The exceptions of Brook, as a tree: everything raised on purpose is a BrookError.
+
+A message is one sentence that says what went wrong and what to do; it can be shown to a person as it is.
+"""
+
+
+class BrookError(Exception):
+    """Any error that Brook raises on purpose."""
+
+
+class InvalidRequest(BrookError, ValueError):
+    """A request that cannot be run as asked.
+
+    `field` names the argument at fault, so that a page can put the message beside it.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class PromptTooLong(InvalidRequest):
+    """A prompt that does not fit the model's context even with every older turn left out."""
+
+    def __init__(self, n_prompt_tokens: int, n_max_prompt_tokens: int) -> None:
+        super().__init__(
+            f"The message is {n_prompt_tokens:,} tokens long but the model can read at most "
+            f"{n_max_prompt_tokens:,}; shorten it and send it again.",
+            field="prompt",
+        )
+        self.n_prompt_tokens = n_prompt_tokens
+        self.n_max_prompt_tokens = n_max_prompt_tokens
+
+
+class EngineClosed(BrookError):
+    """A request made to an engine after `close()`."""
+
+
+class EngineBusy(BrookError):
+    """A request refused because the queue is full."""
+
+
+class GenerationFailed(BrookError):
+    """`generate()` raised; the cause is chained and the partial output is kept in the log."""
+
+
+class GenerationCancelled(BrookError):
+    """Raised inside `generate()` to unwind it after `cancel()`; never reaches a reader."""
+
+
+class StreamerMisuse(BrookError, RuntimeError):
+    """A streamer called in a way that it cannot serve, such as `put` after `end`."""
+
+
+class StreamTimeout(BrookError, TimeoutError):
+    """A reader waited longer than it said it would."""
+
+
+class ModelUnavailable(BrookError):
+    """A model that cannot be found, fetched, read or loaded."""

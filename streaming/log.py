@@ -1,0 +1,124 @@
+"""The one idea: a stream is a log, not a queue.
+
+A writer appends TokenEvents, then exactly one FinishEvent. Any number of readers, in threads or in event loops,
+follow from any offset; reading takes nothing away and a late reader misses nothing.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from streaming.errors import StreamerMisuse, StreamTimeout
+from streaming.events import Event, FinishEvent, TokenEvent
+
+
+class EventLog:
+    """An append-only list of events that readers can wait on. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._changed = threading.Condition()
+        self._listeners: list[Callable[[], None]] = []
+
+    def append(self, event: Event) -> None:
+        """Add one event and wake the readers.
+
+        Raises:
+            StreamerMisuse: after the FinishEvent.
+        """
+        with self._changed:
+            if self.finish is not None:
+                raise StreamerMisuse("The stream has already ended; nothing can be added to it.")
+            self._events.append(event)
+        self.touch()
+
+    def touch(self) -> None:
+        """Wake the readers without a new event, because something beside the log changed (progress, say)."""
+        with self._changed:
+            self._changed.notify_all()
+            listeners = tuple(self._listeners)
+        for listener in listeners:
+            listener()
+
+    @property
+    def finish(self) -> FinishEvent | None:
+        """The last event once the stream has ended, else None."""
+        last = self._events[-1] if self._events else None
+        return last if isinstance(last, FinishEvent) else None
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def snapshot(self, after: int = 0) -> list[Event]:
+        """Give the events from offset `after` that are there now, without waiting."""
+        return self._events[after:]
+
+    def token_ids(self) -> list[int]:
+        """Give the ids of all tokens so far."""
+        return [event.id for event in self.snapshot() if isinstance(event, TokenEvent)]
+
+    def text(self) -> str:
+        """Give the text so far."""
+        return "".join(event.text for event in self.snapshot() if isinstance(event, TokenEvent))
+
+    def wait(self, after: int, timeout: float | None = None) -> list[Event]:
+        """Wait until there are events from offset `after`, a `touch()`, or `timeout` seconds; give what is there."""
+        with self._changed:
+            if len(self._events) <= after and self.finish is None:
+                self._changed.wait(timeout)
+            return self._events[after:]
+
+    def events(self, after: int = 0, timeout: float | None = None) -> Iterator[Event]:
+        """Follow the log from offset `after` to its FinishEvent.
+
+        Raises:
+            StreamTimeout: when nothing was added for `timeout` seconds.
+        """
+        while True:
+            deadline = None if timeout is None else time.monotonic() + timeout
+            while not (batch := self.wait(after, _left(deadline))):
+                if self.finish is not None and len(self) <= after:
+                    return
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise StreamTimeout(f"No token came for {timeout:g} s; generation may be stuck.")
+            yield from batch
+            after += len(batch)
+            if isinstance(batch[-1], FinishEvent):
+                return
+
+    async def aevents(self, after: int = 0, timeout: float | None = None) -> AsyncIterator[Event]:
+        """Follow the log from offset `after` as `events()` does, in an event loop, without a thread."""
+        loop = asyncio.get_running_loop()
+        changed = asyncio.Event()
+
+        def wake() -> None:
+            # A loop that was closed has no reader left to wake.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(changed.set)
+
+        with self._changed:
+            self._listeners.append(wake)
+        try:
+            while True:
+                batch = self.snapshot(after)
+                for event in batch:
+                    yield event
+                after += len(batch)
+                if (finish := self.finish) is not None and len(self) <= after:
+                    return
+                if finish is None and not batch:
+                    try:
+                        await asyncio.wait_for(changed.wait(), timeout)
+                    except TimeoutError:
+                        raise StreamTimeout(
+                            f"No token came for {timeout:g} s; generation may be stuck."
+                        ) from None
+                    changed.clear()
+        finally:
+            with self._changed:
+                self._listeners.remove(wake)
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -18,9 +18,7 @@ class Detokenizer:
     that they began is completed, but their text (`context_text`) is not given again.
     """
 
-    def __init__(
-        self, tokenizer: Any, context_ids: Iterable[int] = (), *, skip_special_tokens: bool = False
-    ) -> None:
+    def __init__(self, tokenizer: Any, context_ids: Iterable[int] = (), *, skip_special_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._skip_special_tokens = skip_special_tokens

@@ -69,6 +69,12 @@ class EventLog:
                 self._changed.wait(timeout)
             return self._events[after:]
 
+    def wait_finish(self, timeout: float | None = None) -> FinishEvent | None:
+        """Wait for the FinishEvent, at most `timeout` seconds; None when it has not come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.finish is not None, timeout)
+            return self.finish
+
     def events(self, after: int = 0, timeout: float | None = None) -> Iterator[Event]:
         """Follow the log from offset `after` to its FinishEvent.
 
@@ -111,9 +117,7 @@ class EventLog:
                     try:
                         await asyncio.wait_for(changed.wait(), timeout)
                     except TimeoutError:
-                        raise StreamTimeout(
-                            f"No token came for {timeout:g} s; generation may be stuck."
-                        ) from None
+                        raise StreamTimeout(f"No token came for {timeout:g} s; generation may be stuck.") from None
                     changed.clear()
         finally:
             with self._changed:

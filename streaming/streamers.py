@@ -77,9 +77,7 @@ class RowStream:
             return
         tail = self._stop.feed(self._detokenizer.flush()) + self._stop.flush()
         event, self._waiting = self._waiting, None
-        self._emit(
-            TokenEvent(event.index, event.id, event.text + tail, event.logprob, event.top, event.t_s)
-        )
+        self._emit(TokenEvent(event.index, event.id, event.text + tail, event.logprob, event.top, event.t_s))
 
     def _release(self) -> None:
         if self._waiting is not None:

@@ -1,0 +1,34 @@
+"""Brook: stream a Hugging Face model's `generate()` to people, token by token.
+
+The names load when they are first used: `python -m streaming --help` need not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streaming.engine.base import Generation as Generation
+    from streaming.engine.base import GenerationRequest as GenerationRequest
+    from streaming.engine.local import load_engine as load_engine
+    from streaming.errors import BrookError as BrookError
+    from streaming.events import FinishEvent as FinishEvent
+    from streaming.events import TokenEvent as TokenEvent
+    from streaming.streamers import IteratorStreamer as IteratorStreamer
+
+_HOMES = {
+    "BrookError": "streaming.errors",
+    "FinishEvent": "streaming.events",
+    "Generation": "streaming.engine.base",
+    "GenerationRequest": "streaming.engine.base",
+    "IteratorStreamer": "streaming.streamers",
+    "TokenEvent": "streaming.events",
+    "load_engine": "streaming.engine.local",
+}
+
+__all__ = sorted(_HOMES)  # pyright: ignore
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

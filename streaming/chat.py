@@ -1,0 +1,177 @@
+"""Messages → token ids: the model's template, text from people kept text, turns kept token-exact, old turns left out.
+
+Source: transformers 5.23, `apply_chat_template(sanitize_control_tokens=True)`: control tokens inside messages are
+encoded as ordinary text, each on its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streaming.errors import InvalidRequest, PromptTooLong
+
+Message = Mapping[str, Any]  # {"role", "content"} and, for replies, "token_ids": what the model wrote
+
+ROLES = ("system", "user", "assistant")
+
+# For models that ship no template: plain turns that a base model can follow.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ message.content + '\\n\\n' }}"
+    "{% else %}{{ message.role.capitalize() + ': ' + message.content + '\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChat:
+    """What the model is given for a conversation, and how many of the oldest messages were left out to fit."""
+
+    ids: tuple[int, ...]
+    n_dropped_messages: int = 0
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Message], max_prompt_tokens: int) -> EncodedChat:
+    """Encode a conversation, ready for the model to write the next reply.
+
+    When it is longer than `max_prompt_tokens`, the oldest turns are left out, whole exchanges at a time; the system
+    prompt and the last message always stay.
+
+    Raises:
+        InvalidRequest: no messages, or one with an unknown role or without text.
+        PromptTooLong: the last message alone does not fit.
+    """
+    _check(messages)
+    ids = _encode(tokenizer, messages)
+    if len(ids) <= max_prompt_tokens:
+        return EncodedChat(tuple(ids))
+    n_system = 1 if messages[0]["role"] == "system" else 0
+    head, turns = messages[:n_system], messages[n_system:]
+    # A conversation goes on from a person's message: templates may insist on it.
+    starts = [i for i, m in enumerate(turns) if i > 0 and m["role"] == "user"] or [len(turns) - 1]
+    low, high = 0, len(starts) - 1
+    while low < high:  # the fewest turns left out that fit; each encoding is O(length)
+        middle = (low + high) // 2
+        if len(_encode(tokenizer, [*head, *turns[starts[middle] :]])) <= max_prompt_tokens:
+            high = middle
+        else:
+            low = middle + 1
+    ids = _encode(tokenizer, [*head, *turns[starts[low] :]])
+    if len(ids) > max_prompt_tokens:
+        raise PromptTooLong(len(ids), max_prompt_tokens)
+    return EncodedChat(tuple(ids), n_dropped_messages=starts[low])
+
+
+def encode_text(tokenizer: Any, text: str, max_prompt_tokens: int) -> tuple[int, ...]:
+    """Encode a plain prompt, as `tokenizer(text)` does but with control tokens in it kept text.
+
+    Raises:
+        PromptTooLong: it does not fit; a plain prompt has no turns to leave out.
+    """
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+    if not ids:
+        # Models need one token to start from; the empty prompt is the beginning of a text.
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ids = [] if start is None else [start]
+    if len(ids) > max_prompt_tokens:
+        raise PromptTooLong(len(ids), max_prompt_tokens)
+    return tuple(ids)
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise InvalidRequest("A chat needs at least one message.", field="messages")
+    for message in messages:
+        if message.get("role") not in ROLES:
+            raise InvalidRequest(
+                f"A message has the role {message.get('role')!r}; it must be one of {', '.join(ROLES)}.",
+                field="messages",
+            )
+        if not isinstance(message.get("content"), str):
+            raise InvalidRequest("A message's content must be text.", field="messages")
+
+
+def _encode(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Encode messages with replies spliced in as the ids that were generated, where the template allows it."""
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    replies = [(i, list(m["token_ids"])) for i, m in enumerate(messages) if m.get("token_ids")]
+    marker = _reply_marker(tokenizer, plain) if replies else None
+    if marker is None:
+        return _apply_template(tokenizer, plain)
+    text, marker_ids = marker
+    marked = [dict(m) for m in plain]
+    for i, _ in replies:
+        marked[i]["content"] = text
+    if not _keeps_replies(tokenizer, plain, marked, text, [plain[i]["content"] for i, _ in replies]):
+        return _apply_template(tokenizer, plain)
+    pieces = _split(_apply_template(tokenizer, marked), marker_ids)
+    if len(pieces) != len(replies) + 1:
+        return _apply_template(tokenizer, plain)
+    ids = pieces[0]
+    for (_, reply_ids), piece in zip(replies, pieces[1:], strict=True):
+        ids += reply_ids + piece
+    return ids
+
+
+def _apply_template(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(
+        messages,
+        chat_template=_template(tokenizer),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        sanitize_control_tokens=True,
+    )
+    return ids
+
+
+def _template(tokenizer: Any) -> str | None:
+    return None if tokenizer.chat_template else PLAIN_TEMPLATE
+
+
+def _reply_marker(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, list[int]] | None:
+    """A stand-in for replies that can be found again among the ids, with its own ids.
+
+    A control token inside a message is encoded as text, on its own; so many in a row as no message has cannot be
+    mistaken for anything that a person wrote.
+    """
+    token = tokenizer.eos_token
+    if not token:
+        return None
+    n = 2
+    while any(token * n in m["content"] for m in messages):
+        n += 1
+    return token * n, tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True) * n
+
+
+def _keeps_replies(
+    tokenizer: Any,
+    plain: list[dict[str, str]],
+    marked: list[dict[str, str]],
+    marker: str,
+    replies: list[str],
+) -> bool:
+    """Whether the template writes replies as they are (some strip them or leave earlier reasoning out)."""
+
+    def render(messages: list[dict[str, str]]) -> str:
+        text: str = tokenizer.apply_chat_template(
+            messages, chat_template=_template(tokenizer), add_generation_prompt=True, tokenize=False
+        )
+        return text
+
+    pieces = render(marked).split(marker)
+    if len(pieces) != len(replies) + 1:
+        return False
+    spliced = pieces[0] + "".join(reply + piece for reply, piece in zip(replies, pieces[1:], strict=True))
+    return spliced == render(plain)
+
+
+def _split(ids: list[int], separator: list[int]) -> list[list[int]]:
+    pieces, start, at, n = [], 0, 0, len(separator)
+    while at <= len(ids) - n:
+        if ids[at : at + n] == separator:
+            pieces.append(ids[start:at])
+            at = start = at + n
+        else:
+            at += 1
+    return [*pieces, ids[start:]]

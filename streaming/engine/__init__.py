@@ -1,0 +1,1 @@
+"""Engines: they turn GenerationRequests into streams of events."""

@@ -1,0 +1,277 @@
+"""The engine on this machine: one worker thread owns the model and calls `generate()`, one request after another."""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig
+
+from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
+from streaming.engine.run import Run, StopStringMet, build_run
+from streaming.engine.sampling import build_processors
+from streaming.errors import EngineClosed, GenerationCancelled, ModelUnavailable, StreamTimeout
+from streaming.events import FinishReason
+from streaming.models.loading import LoadedModel, LoadProgress, load_model
+
+logger = logging.getLogger(__name__)
+
+PREFILL_CHUNK_TOKENS = 256
+"""The prompt is read in chunks of this many tokens: cancelling and progress happen between them."""
+READY_TIMEOUT_S = 3600.0
+"""How long a request waits for the model to load: the first start may fetch gigabytes."""
+JOIN_TIMEOUT_S = 60.0
+"""How long `close()` waits for the worker, which lets go of the model between two chunks or tokens."""
+
+Load = Callable[[Callable[[LoadProgress], None]], LoadedModel]
+
+
+def load_engine(model: str | None = None, *, wait: bool = True, **options: Any) -> "LocalEngine":
+    """Load a model and serve requests with it; None is the default model.
+
+    With `wait=False` the model loads in the background while requests wait. `options` are `load_model`'s.
+
+    Raises:
+        ModelUnavailable: the model cannot be loaded (with `wait`; else `wait_ready()` and `submit()` raise it).
+    """
+    engine = LocalEngine(lambda progress: load_model(model, progress=progress, **options), model or "")
+    if wait:
+        try:
+            engine.wait_ready(READY_TIMEOUT_S)
+        except ModelUnavailable:
+            engine.close()
+            raise
+    return engine
+
+
+class LocalEngine:
+    """Serve requests with a model in this process, in the order they came.
+
+    `load` is called once, in the worker thread, with a callback for its progress; requests wait for it. Thread rules:
+    every public method may be called from any thread; only the worker touches the model.
+    """
+
+    kind = "local"
+
+    def __init__(self, load: Load, model_id: str = "") -> None:
+        self._load = load
+        self._model_id = model_id
+        self._loaded: LoadedModel | None = None
+        self._load_error: ModelUnavailable | None = None
+        self._load_progress: LoadProgress | None = None
+        self._ready = threading.Event()
+        self._encoding = threading.Lock()  # encoding changes a tokenizer's settings: one at a time
+        self._changed = threading.Condition()
+        self._queue: deque[Run] = deque()
+        self._active: Run | None = None
+        self._closing = False
+        self._worker = threading.Thread(target=self._work, name="brook-engine", daemon=True)
+        self._worker.start()
+
+    # What people call
+
+    @property
+    def model_id(self) -> str:
+        return self._model_id if self._loaded is None else self._loaded.model_id
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._require_loaded().tokenizer
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        config = self._require_loaded().model.generation_config
+        own = SamplingDefaults()
+        sampled = bool(config.do_sample)
+        return SamplingDefaults(
+            temperature=_default(config.temperature, 1.0) if sampled else 0.0,
+            top_p=_default(config.top_p, own.top_p),
+            top_k=_default(config.top_k, own.top_k) if sampled else own.top_k,
+            min_p=_default(config.min_p, own.min_p),
+            repetition_penalty=_default(config.repetition_penalty, own.repetition_penalty),
+        )
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        loaded = self._require_loaded()
+        with self._encoding:
+            run = build_run(request, self.defaults, loaded, self._cancel)
+        with self._changed:
+            self._refuse_if_closing()
+            self._queue.append(run)
+            self._show_places()
+            self._changed.notify_all()
+        return run.generation
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        ready = self._ready.wait(timeout)
+        if self._load_error is not None:
+            raise self._load_error
+        return ready
+
+    def status(self) -> EngineStatus:
+        loaded, progress = self._loaded, self._load_progress
+        with self._changed:
+            n_active, n_queued = int(self._active is not None), len(self._queue)
+            closing = self._closing
+        if closing:
+            return EngineStatus("closed", self.model_id)
+        if self._load_error is not None:
+            return EngineStatus("failed", self.model_id, detail=str(self._load_error))
+        if loaded is None:
+            return EngineStatus("loading", self.model_id, detail="" if progress is None else str(progress))
+        return EngineStatus("ready", self.model_id, str(loaded.model.device), n_active, n_queued)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            if self._active is not None:
+                self._active.cancel()
+            queued, self._queue = list(self._queue), deque()
+            self._changed.notify_all()
+        for run in queued:
+            run.finish("cancelled")
+        self._worker.join(JOIN_TIMEOUT_S)
+        if self._worker.is_alive():
+            logger.warning("The model did not let go within %g s; its thread ends with the process.", JOIN_TIMEOUT_S)
+
+    # The queue
+
+    def _cancel(self, generation: Generation) -> None:
+        with self._changed:
+            run = next((run for run in self._queue if run.generation is generation), None)
+            if run is not None:
+                self._queue.remove(run)
+                self._show_places()
+            elif self._active is not None and self._active.generation is generation:
+                self._active.cancel()
+        if run is not None:
+            run.finish("cancelled")
+
+    def _show_places(self) -> None:
+        """Tell the queued runs how many are before them; the lock is held."""
+        n_before = int(self._active is not None)
+        for place, run in enumerate(self._queue):
+            run.show(dataclasses.replace(run.generation.progress, n_ahead=n_before + place))
+
+    def _require_loaded(self) -> LoadedModel:
+        ready = self.wait_ready(READY_TIMEOUT_S)
+        self._refuse_if_closing()
+        if not ready or self._loaded is None:
+            raise StreamTimeout(f"The model did not load within {READY_TIMEOUT_S:g} s.")
+        return self._loaded
+
+    def _refuse_if_closing(self) -> None:
+        if self._closing:
+            raise EngineClosed("The engine was closed; load it again.")
+
+    # The worker
+
+    def _work(self) -> None:
+        try:
+            self._loaded = loaded = self._load(self._on_load_progress)
+        except Exception as error:
+            if not isinstance(error, ModelUnavailable):
+                logger.exception("The model could not be loaded")
+            self._load_error = _as_unavailable(error)
+            return
+        finally:
+            self._ready.set()
+        loaded.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        while (run := self._next_run()) is not None:
+            self._serve(run, loaded)
+            with self._changed:
+                self._active = None
+                self._show_places()
+        self._loaded = None
+
+    def _on_load_progress(self, progress: LoadProgress) -> None:
+        self._load_progress = progress
+
+    def _next_run(self) -> Run | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            if self._closing:
+                return None
+            self._active = self._queue.popleft()
+            self._show_places()
+            return self._active
+
+    def _serve(self, run: Run, loaded: LoadedModel) -> None:
+        run.queued_s = time.perf_counter() - run.submitted_at
+        reason: FinishReason = "error"
+        message: str | None = "The model stopped without saying why; try again."
+        try:
+            _generate(run, loaded)
+            reason, message = ("stop" if run.row.last_id in _eos_ids(loaded.model) else "length"), None
+        except StopStringMet:
+            reason, message = "stop", None
+        except GenerationCancelled:
+            reason, message = "cancelled", None
+        except BaseException as error:
+            logger.exception("generate() failed after %d tokens", run.row.n_tokens)
+            message = _explain(error)
+        finally:
+            if torch.cuda.is_available() and reason == "error":
+                torch.cuda.empty_cache()
+            run.finish(reason, message)
+
+    def _before_forward(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._active is not None:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            self._active.before_forward(0 if ids is None else ids.shape[-1])
+
+
+def _generate(run: Run, loaded: LoadedModel) -> None:
+    """Call `generate()` for one run; the tokens arrive in the run's log."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ids = torch.tensor([run.generation.prompt_ids], device=model.device)
+    eos_ids = sorted(_eos_ids(model))
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=min(run.sampling.max_new_tokens, loaded.n_context - ids.shape[1]),
+        prefill_chunk_size=PREFILL_CHUNK_TOKENS,
+        eos_token_id=eos_ids or None,
+        pad_token_id=eos_ids[0] if tokenizer.pad_token_id is None and eos_ids else tokenizer.pad_token_id,
+    )
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        past_key_values=DynamicCache(config=model.config),
+        logits_processor=build_processors(run.sampling, run.generation.seed, ids.device, run.recorder),
+        streamer=run,
+    )
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    eos = model.generation_config.eos_token_id
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _default(value: Any, fallback: Any) -> Any:
+    return fallback if value is None else value
+
+
+def _as_unavailable(error: Exception) -> ModelUnavailable:
+    if isinstance(error, ModelUnavailable):
+        return error
+    return ModelUnavailable(f"The model could not be loaded ({_name(error)}); try another with --model.")
+
+
+def _explain(error: BaseException) -> str:
+    """Say in one sentence what went wrong in `generate()` and what to do."""
+    text = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "out of memory" in text:
+        return "The machine ran out of memory; shorten the conversation or lower max new tokens, then try again."
+    return f"The model stopped with an error ({_name(error)}); try again."
+
+
+def _name(error: BaseException) -> str:
+    first_line = str(error).strip().split("\n")[0][:200]
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

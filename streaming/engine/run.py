@@ -1,0 +1,155 @@
+"""One request on its way through the worker: encoded, then streamed into its log."""
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from streaming.chat import encode_chat, encode_text
+from streaming.detokenizer import Detokenizer
+from streaming.engine.base import Generation, GenerationRequest, Progress, SamplingDefaults
+from streaming.engine.sampling import LogprobRecorder
+from streaming.errors import GenerationCancelled, InvalidRequest, PromptTooLong
+from streaming.events import FinishEvent, FinishReason
+from streaming.models.loading import LoadedModel
+from streaming.streamers import IteratorStreamer, RowStream
+
+
+class StopStringMet(Exception):
+    """Raised inside `generate()` where the text has met a stop string."""
+
+
+class Run(IteratorStreamer):
+    """The streamer that `generate()` writes to for one request, and its Generation.
+
+    The worker writes the end of the log itself, once `generate()` has let go of the model, however it did.
+    """
+
+    generation: Generation
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        sampling: SamplingDefaults,
+        tokenizer: Any,
+        detokenizer: Detokenizer,
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.sampling = sampling
+        self.recorder = LogprobRecorder(tokenizer, request.logprobs) if request.logprobs else None
+        self.submitted_at = time.perf_counter()
+        self.queued_s = 0.0
+        self.n_seen_tokens = 0
+        self.row = RowStream(
+            detokenizer,
+            self.on_event,
+            stop=request.stop,
+            logprobs=None if self.recorder is None else self.recorder.of,
+            started_at=self.submitted_at,
+        )
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.dim() == 1 and self.row.n_tokens == 0:
+            self.generation.progress = dataclasses.replace(
+                self.generation.progress, state="writing", n_read=len(self.generation.prompt_ids)
+            )
+        super().put(value)
+        if self.row.stop_string is not None:
+            raise StopStringMet
+
+    def end(self) -> None:
+        pass
+
+    def show(self, progress: Progress) -> None:
+        """Tell the readers where the run is."""
+        self.generation.progress = progress
+        self.log.touch()
+
+    def before_forward(self, n_tokens: int) -> None:
+        """Take note that the model is about to read `n_tokens` more; called by the model itself."""
+        if self.cancelled:
+            raise GenerationCancelled
+        if self.row.n_tokens == 0:
+            n_to_read = len(self.generation.prompt_ids)
+            self.show(Progress("reading", min(self.n_seen_tokens, n_to_read), n_to_read))
+            self.n_seen_tokens += n_tokens
+
+    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+        """End the log."""
+        self.row.end()
+        self.generation.progress = dataclasses.replace(self.generation.progress, state="done", n_ahead=0)
+        self.on_event(
+            FinishEvent(
+                reason,
+                error,
+                n_prompt_tokens=len(self.generation.prompt_ids),
+                n_generated_tokens=self.row.n_tokens,
+                timings=self.row.timings(self.queued_s),
+            )
+        )
+
+    def _open_row(self, prompt_ids: list[int]) -> RowStream:
+        return self.row
+
+
+def build_run(
+    request: GenerationRequest,
+    defaults: SamplingDefaults,
+    loaded: LoadedModel,
+    cancel: Callable[[Generation], None],
+) -> Run:
+    """Encode a request and fit it into the model's context."""
+    tokenizer = loaded.tokenizer
+    sampling = _resolve(request, defaults)
+    n_reserved = min(sampling.max_new_tokens, max(1, loaded.n_context // 4))
+    n_room = loaded.n_context - n_reserved - len(request.prefix_ids)
+    n_dropped = 0
+    context_ids: Sequence[int] = ()
+    if request.messages is not None:
+        chat = encode_chat(tokenizer, request.messages, n_room)
+        ids, n_dropped = chat.ids, chat.n_dropped_messages
+    else:
+        if request.prompt is not None:
+            ids = encode_text(tokenizer, request.prompt, n_room)
+        else:
+            ids = tuple(request.prompt_ids or ())
+            _check_ids(ids, loaded, "prompt_ids")
+            if not ids:
+                raise InvalidRequest("prompt_ids must hold at least one token id.", field="prompt_ids")
+            if len(ids) > n_room:
+                raise PromptTooLong(len(ids), n_room)
+        context_ids = ids
+    _check_ids(request.prefix_ids, loaded, "prefix_ids")
+    detokenizer = Detokenizer(tokenizer, context_ids, skip_special_tokens=True)
+    prefix_text = "".join(detokenizer.feed(token_id) for token_id in request.prefix_ids)
+    run = Run(request, sampling, tokenizer, detokenizer)
+    run.generation = Generation(
+        request,
+        (*ids, *request.prefix_ids),
+        log=run.log,
+        seed=secrets.randbelow(2**31 - 1) + 1 if request.seed is None else request.seed,
+        cancel=cancel,
+        prefix_text=prefix_text,
+        n_dropped_messages=n_dropped,
+    )
+    return run
+
+
+def _check_ids(ids: Sequence[int], loaded: LoadedModel, field: str) -> None:
+    n_vocab = loaded.model.get_input_embeddings().num_embeddings
+    wrong = next((i for i in ids if not 0 <= i < n_vocab), None)
+    if wrong is not None:
+        raise InvalidRequest(f"{field} holds {wrong}, but the model's token ids go from 0 to {n_vocab - 1}.", field)
+
+
+def _resolve(request: GenerationRequest, defaults: SamplingDefaults) -> SamplingDefaults:
+    """Fill what a request leaves open from the model's defaults."""
+    return SamplingDefaults(
+        **{
+            field.name: getattr(request if getattr(request, field.name) is not None else defaults, field.name)
+            for field in dataclasses.fields(SamplingDefaults)
+        }
+    )

@@ -1,0 +1,31 @@
+"""What tests share: a thread guard, and the small models of tests/tiny.py."""
+
+import os
+import threading
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import pytest
+
+REQUIRE_ALL = os.environ.get("BROOK_REQUIRE_ALL") == "1"
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skip a test that lacks a part of its world; where everything is required, fail it instead."""
+    if REQUIRE_ALL:
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left(request):
+    """Fail a test that leaves one of Brook's threads behind."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 10
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.startswith("brook"):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            assert not thread.is_alive(), f"the test left the thread {thread.name} behind"

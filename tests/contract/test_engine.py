@@ -1,0 +1,379 @@
+"""What every engine promises, on a tiny random Llama and on a scripted model.
+
+Each test is named by the property that it shows; the engines are real, only the weights are small.
+"""
+
+import threading
+
+import pytest
+import torch
+
+from streaming.engine.base import Generation, GenerationRequest
+from streaming.engine.local import PREFILL_CHUNK_TOKENS, LocalEngine
+from streaming.errors import EngineClosed, InvalidRequest, PromptTooLong, StreamTimeout
+from streaming.events import FinishEvent, TokenEvent
+from tests.tiny import ScriptedModel, byte_tokenizer, loaded, tiny_llama
+
+WAIT_S = 30
+EOS = 258
+
+
+@pytest.fixture
+def serve():
+    """Start engines on models, and close them at the end."""
+    engines = []
+
+    def start(model, **options) -> LocalEngine:
+        engine = LocalEngine(lambda progress: loaded(model, **options))
+        engines.append(engine)
+        return engine
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+def scripted(text: str, at=None) -> ScriptedModel:
+    return ScriptedModel(byte_tokenizer()(text)["input_ids"], at)
+
+
+def say(engine: LocalEngine, **options) -> Generation:
+    """Ask a scripted model to speak, from a prompt of one token."""
+    engine.wait_ready(WAIT_S)
+    engine._require_loaded().model.expect(1)
+    return engine.submit(GenerationRequest(prompt="?", temperature=0, **options))
+
+
+class TestStream:
+    def test_equals_generate_token_for_token(self, serve):
+        engine, model = serve(tiny_llama()), tiny_llama()
+        for prompt in ("one, two,", "x" * 300, "日本語"):
+            run = engine.submit(GenerationRequest(prompt=prompt, max_new_tokens=40, temperature=0))
+            ids = torch.tensor([run.prompt_ids])
+            expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+            assert run.result(WAIT_S).token_ids == expected[0, ids.shape[1] :].tolist()
+
+    def test_is_token_events_then_one_finish(self, serve):
+        run = say(serve(scripted("hello")), max_new_tokens=20)
+        *tokens, finish = list(run.events(timeout=WAIT_S))
+        assert all(isinstance(event, TokenEvent) for event in tokens)
+        assert isinstance(finish, FinishEvent)
+        assert [event.index for event in tokens] == list(range(6))
+        assert [event.text for event in tokens] == ["h", "e", "l", "l", "o", ""]
+        assert [event.id for event in tokens][-1] == EOS
+        assert (finish.reason, finish.error, finish.n_prompt_tokens, finish.n_generated_tokens) == ("stop", None, 1, 6)
+        assert finish.timings.ttft_s is not None
+        assert finish.timings.tokens_per_s is not None
+
+    def test_texts_join_to_the_full_decode_in_every_script(self, serve):
+        text = "Zwölf 日本語 ไทย العربية 👩‍👩‍👧‍👦 🇩🇪 end"
+        run = say(serve(scripted(text)), max_new_tokens=200)
+        assert "".join(e.text for e in run.events(timeout=WAIT_S) if isinstance(e, TokenEvent)) == text
+
+    def test_an_unfinished_character_at_the_end_is_as_the_full_decode_has_it(self, serve):
+        run = say(serve(scripted("ok 👍")), max_new_tokens=5)
+        result = run.result(WAIT_S)
+        assert result.text == byte_tokenizer().decode(result.token_ids) == "ok \ufffd"
+        assert result.finish.reason == "length"
+
+    def test_a_late_reader_and_two_at_once_see_the_same(self, serve):
+        run = say(serve(scripted("two readers, one stream")), max_new_tokens=50)
+        seen: list[list] = [[], []]
+        readers = [
+            threading.Thread(target=lambda out=out: out.extend(run.events(timeout=WAIT_S)), name="brook-test-reader")
+            for out in seen
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(WAIT_S)
+        late = list(run.events(timeout=WAIT_S))
+        assert seen[0] == seen[1] == late
+        assert list(run.events(after=10, timeout=WAIT_S)) == late[10:]
+
+    def test_the_finish_is_the_length_limit_or_the_end_token(self, serve):
+        engine = serve(scripted("abc"))
+        assert say(engine, max_new_tokens=2).result(WAIT_S).finish.reason == "length"
+        assert say(engine, max_new_tokens=3).result(WAIT_S).finish.reason == "length"
+        assert say(engine, max_new_tokens=4).result(WAIT_S).finish.reason == "stop"
+
+
+class TestStopStrings:
+    @pytest.mark.parametrize(
+        ("stop", "text"),
+        [
+            (["END"], "abc "),
+            (["c E"], "ab"),
+            (["zzz", " END"], "abc"),
+            (["bcd"], "abc END def"),
+            (["def", "END"], "abc "),
+        ],
+    )
+    def test_text_ends_before_the_first_one(self, serve, stop, text):
+        run = say(serve(scripted("abc END def")), max_new_tokens=50, stop=stop)
+        result = run.result(WAIT_S)
+        assert (result.text, result.finish.reason) == (text, "stop")
+
+    def test_what_may_become_one_is_shown_once_it_cannot(self, serve):
+        run = say(serve(scripted("xEN")), max_new_tokens=3, stop=["END"])
+        assert run.result(WAIT_S).text == "xEN"
+
+
+class TestErrors:
+    @pytest.mark.parametrize("k", [0, 1, 7])
+    def test_an_exception_at_token_k_gives_k_tokens_then_one_error_finish(self, serve, k):
+        def fail():
+            raise ValueError("the model broke")
+
+        engine = serve(scripted("abcdefghij", {k: fail}))
+        events = list(say(engine, max_new_tokens=20).events(timeout=WAIT_S))
+        assert "".join(e.text for e in events[:-1]) == "abcdefghij"[:k]
+        assert events[-1].reason == "error"
+        assert events[-1].error == "The model stopped with an error (ValueError: the model broke); try again."
+        engine._require_loaded().model.at.clear()
+        assert say(engine, max_new_tokens=20).result(WAIT_S).text == "abcdefghij"
+
+    @pytest.mark.parametrize(
+        "error",
+        [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    )
+    def test_out_of_memory_says_what_to_do_and_frees_the_engine(self, serve, error):
+        def fail():
+            raise error
+
+        engine = serve(scripted("abc", {1: fail}))
+        finish = say(engine).result(WAIT_S).finish
+        assert finish.error == (
+            "The machine ran out of memory; shorten the conversation or lower max new tokens, then try again."
+        )
+        engine._require_loaded().model.at.clear()
+        assert say(engine).result(WAIT_S).text == "abc"
+
+    def test_even_a_system_exit_in_the_model_ends_only_that_run(self, serve):
+        def leave():
+            raise SystemExit(3)
+
+        engine = serve(scripted("abc", {1: leave}))
+        assert say(engine).result(WAIT_S).finish.reason == "error"
+        engine._require_loaded().model.at.clear()
+        assert say(engine).result(WAIT_S).text == "abc"
+
+
+class TestCancel:
+    def test_while_decoding_it_takes_effect_within_one_token(self, serve):
+        run = None
+        asked = threading.Event()
+
+        def cancel():
+            assert asked.wait(WAIT_S)
+            run.cancel()
+
+        engine = serve(scripted("abcdefghij", {4: cancel}))
+        run = say(engine, max_new_tokens=50)
+        asked.set()
+        result = run.result(WAIT_S)
+        assert (result.text, result.finish.reason) == ("abcd", "cancelled")
+        engine._require_loaded().model.at.clear()
+        assert say(engine).result(WAIT_S).text == "abcdefghij"
+
+    def test_while_reading_the_prompt_it_takes_effect_within_one_chunk(self, serve):
+        n_prompt = 4 * PREFILL_CHUNK_TOKENS
+        model = scripted("never said")
+        engine = serve(model, n_context=8192)
+        engine.wait_ready(WAIT_S)
+        model.expect(n_prompt)
+        run = None
+        submitted = threading.Event()
+
+        def cancel_in_first_chunk(module, args, kwargs, output):
+            assert submitted.wait(WAIT_S)
+            run.cancel()
+
+        model.register_forward_hook(cancel_in_first_chunk, with_kwargs=True)
+        run = engine.submit(GenerationRequest(prompt="x" * n_prompt, temperature=0))
+        submitted.set()
+        result = run.result(WAIT_S)
+        assert (result.token_ids, result.finish.reason, model.n_forwards) == ([], "cancelled", 1)
+
+    def test_while_queued_it_leaves_at_once(self, serve):
+        hold = threading.Event()
+        engine = serve(scripted("abc", {1: lambda: hold.wait(WAIT_S)}))
+        first, second, third = (say(engine) for _ in range(3))
+        second.cancel()
+        assert second.result(timeout=0).finish.reason == "cancelled"
+        assert first.finish is None
+        hold.set()
+        assert [first.result(WAIT_S).text, second.result(0).text, third.result(WAIT_S).text] == ["abc", "", "abc"]
+
+    def test_after_the_end_it_changes_nothing(self, serve):
+        run = say(serve(scripted("abc")))
+        before = run.result(WAIT_S)
+        run.cancel()
+        assert run.result(0) == before
+
+    def test_closing_the_engine_ends_every_run(self, serve):
+        hold = threading.Event()
+        engine = serve(scripted("abc", {1: lambda: hold.wait(WAIT_S)}))
+        runs = [say(engine) for _ in range(3)]
+        closer = threading.Thread(target=engine.close, name="brook-test-closer")
+        closer.start()
+        assert runs[2].result(WAIT_S).finish.reason == "cancelled"
+        hold.set()
+        closer.join(WAIT_S)
+        assert [run.result(0).finish.reason for run in runs] == ["cancelled"] * 3
+        with pytest.raises(EngineClosed):
+            engine.submit(GenerationRequest(prompt="x"))
+
+
+class TestQueue:
+    def test_places_are_told_and_requests_run_in_order(self, serve):
+        started, hold = threading.Event(), threading.Event()
+
+        def wait():
+            started.set()
+            assert hold.wait(WAIT_S)
+
+        engine = serve(scripted("abc", {0: wait}))
+        runs = [say(engine) for _ in range(3)]
+        assert started.wait(WAIT_S)
+        assert [(run.progress.state, run.progress.n_ahead) for run in runs] == [
+            ("reading", 0),
+            ("waiting", 1),
+            ("waiting", 2),
+        ]
+        assert (engine.status().n_active, engine.status().n_queued) == (1, 2)
+        hold.set()
+        finishes = [run.result(WAIT_S).finish for run in runs]
+        assert finishes[0].timings.queued_s < finishes[1].timings.queued_s < finishes[2].timings.queued_s
+        assert [run.progress.state for run in runs] == ["done"] * 3
+
+    def test_reading_the_prompt_shows_how_far_it_is(self, serve):
+        n_prompt = 3 * PREFILL_CHUNK_TOKENS
+        model = scripted("a")
+        engine = serve(model, n_context=8192)
+        engine.wait_ready(WAIT_S)
+        model.expect(n_prompt)
+        seen = []
+        submitted = threading.Event()
+
+        def note(module, args, kwargs):
+            assert submitted.wait(WAIT_S)
+            seen.append((run.progress.state, run.progress.n_read, run.progress.n_to_read))
+
+        engine._require_loaded().model.register_forward_pre_hook(note, with_kwargs=True)
+        run = engine.submit(GenerationRequest(prompt="x" * n_prompt, temperature=0))
+        submitted.set()
+        run.result(WAIT_S)
+        assert seen[:3] == [("reading", 0, 768), ("reading", 256, 768), ("reading", 512, 768)]
+        assert seen[3] == ("writing", 768, 768)
+
+    def test_a_thousand_generations_leave_no_thread(self, serve):
+        engine = serve(scripted("ab"))
+        say(engine).result(WAIT_S)
+        before = threading.active_count()
+        for _ in range(1000):
+            assert say(engine).result(WAIT_S).text == "ab"
+        assert threading.active_count() == before
+
+    def test_eight_people_at_once_each_get_their_own(self, serve):
+        engine = serve(tiny_llama())
+        prompts = [f"person {i} asks {i * 7}" for i in range(8)]
+        alone = [
+            engine.submit(GenerationRequest(prompt=p, max_new_tokens=20, temperature=0)).result(WAIT_S).token_ids
+            for p in prompts
+        ]
+        runs: dict[str, list[int]] = {}
+
+        def ask(prompt: str) -> None:
+            run = engine.submit(GenerationRequest(prompt=prompt, max_new_tokens=20, temperature=0))
+            runs[prompt] = run.result(WAIT_S).token_ids
+
+        threads = [threading.Thread(target=ask, args=(p,), name="brook-test-person") for p in prompts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert [runs[p] for p in prompts] == alone
+
+
+class TestSampling:
+    def test_a_seed_reproduces_and_a_fresh_one_is_reported(self, serve):
+        engine = serve(tiny_llama())
+
+        def ask(seed: int | None) -> Generation:
+            return engine.submit(GenerationRequest(prompt="go", max_new_tokens=30, temperature=1.5, seed=seed))
+
+        fresh = ask(None)
+        again = ask(fresh.seed)
+        other = ask(fresh.seed + 1)
+        assert fresh.result(WAIT_S).token_ids == again.result(WAIT_S).token_ids
+        assert fresh.result(WAIT_S).token_ids != other.result(WAIT_S).token_ids
+
+    def test_the_global_random_generator_is_left_alone(self, serve):
+        engine = serve(tiny_llama())
+        engine.wait_ready(WAIT_S)
+        state = torch.random.get_rng_state()
+        engine.submit(GenerationRequest(prompt="go", max_new_tokens=10, temperature=1)).result(WAIT_S)
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+    def test_logprobs_are_the_models_own(self, serve):
+        engine, model = serve(tiny_llama()), tiny_llama()
+        run = engine.submit(GenerationRequest(prompt="go", max_new_tokens=8, temperature=0.7, seed=1, logprobs=3))
+        *tokens, _ = run.events(timeout=WAIT_S)
+        ids = torch.tensor([[*run.prompt_ids, *(event.id for event in tokens)]])
+        with torch.no_grad():
+            expected = model(ids).logits[0, len(run.prompt_ids) - 1 : -1].log_softmax(-1)
+        for event, row in zip(tokens, expected, strict=True):
+            assert event.logprob == pytest.approx(row[event.id].item(), abs=1e-4)
+            assert [t.id for t in event.top] == row.topk(3).indices.tolist()
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("field", "options"),
+        [
+            ("temperature", {"temperature": -1}),
+            ("temperature", {"temperature": float("nan")}),
+            ("top_p", {"top_p": 1.5}),
+            ("max_new_tokens", {"max_new_tokens": 0}),
+            ("stop", {"stop": [""]}),
+            ("stop", {"stop": ["x" * 257]}),
+            ("prompt", {"messages": [{"role": "user", "content": "x"}]}),
+        ],
+    )
+    def test_a_value_out_of_range_names_its_field(self, field, options):
+        with pytest.raises(InvalidRequest) as caught:
+            GenerationRequest(prompt="x", **options)
+        assert caught.value.field == field
+
+    def test_ids_that_the_model_does_not_have(self, serve):
+        with pytest.raises(InvalidRequest, match="0 to 258"):
+            serve(tiny_llama()).submit(GenerationRequest(prompt_ids=[1, 999]))
+
+    def test_a_prompt_too_long_tells_both_numbers(self, serve):
+        with pytest.raises(PromptTooLong, match=r"600 tokens.*at most 502") as caught:
+            serve(tiny_llama()).submit(GenerationRequest(prompt="x" * 600, max_new_tokens=10))
+        assert (caught.value.n_prompt_tokens, caught.value.n_max_prompt_tokens) == (600, 502)
+
+    def test_a_reader_that_waits_too_long_is_told(self, serve):
+        hold = threading.Event()
+        engine = serve(scripted("abc", {0: lambda: hold.wait(WAIT_S)}))
+        run = say(engine)
+        with pytest.raises(StreamTimeout):
+            next(run.events(timeout=0.05))
+        with pytest.raises(StreamTimeout):
+            run.result(timeout=0.05)
+        hold.set()
+        assert run.result(WAIT_S).text == "abc"
+
+
+class TestContinue:
+    def test_prefix_ids_go_on_exactly_where_the_reply_stopped(self, serve):
+        engine = serve(tiny_llama())
+        messages = [{"role": "user", "content": "hello"}]
+        whole = engine.submit(GenerationRequest(messages=messages, max_new_tokens=30, temperature=0)).result(WAIT_S)
+        rest = engine.submit(
+            GenerationRequest(messages=messages, prefix_ids=whole.token_ids[:11], max_new_tokens=19, temperature=0)
+        )
+        assert whole.token_ids[:11] + rest.result(WAIT_S).token_ids == whole.token_ids
+        assert rest.prefix_text + rest.result(WAIT_S).text == whole.text

@@ -237,7 +237,8 @@ class LocalEngine:
 
     def _generate(self, run: Run, loaded: LoadedModel) -> None:
         """Call `generate()`; the tokens arrive in the run's log, what was read stays for the owner's next request."""
-        model, tokenizer, generation = loaded.model, loaded.tokenizer, run.generation
+        model: Any = loaded.model
+        tokenizer, generation = loaded.tokenizer, run.generation
         prompt_ids = generation.prompt_ids
         cache = self._prefixes.take(generation.request.owner, prompt_ids)
         if cache is None:
@@ -246,8 +247,13 @@ class LocalEngine:
         ids = torch.tensor([prompt_ids], device=model.device)
         eos_ids = sorted(_eos_ids(model))
         config = GenerationConfig(
+            # Whatever the processors do is switched off here: generate() fills what is left open from the model's own
+            # config, and would do it twice.
             do_sample=False,
             num_beams=1,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
             repetition_penalty=1.0,
             max_new_tokens=min(run.sampling.max_new_tokens, loaded.n_context - len(prompt_ids)),
             prefill_chunk_size=PREFILL_CHUNK_TOKENS,

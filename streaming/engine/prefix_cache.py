@@ -7,6 +7,7 @@ used for another. Not thread-safe: the worker that owns the model owns its prefi
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import Cache
 
@@ -79,7 +80,7 @@ def can_be_cut(cache: Cache) -> bool:
 
     Source: transformers 5.23, `Cache.is_croppable`; sliding layers claim it too but forget what left the window.
     """
-    return bool(cache.is_croppable) and not any(cache.is_sliding)
+    return bool(cache.is_croppable) and not any(cache.is_sliding) and not any(cache.is_linear)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -88,5 +89,6 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _n_bytes(cache: Cache) -> int:
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    layers: list[Any] = cache.layers
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -144,7 +144,8 @@ def build_run(
 
 
 def _check_ids(ids: Sequence[int], loaded: LoadedModel, field: str) -> None:
-    n_vocab = loaded.model.get_input_embeddings().num_embeddings
+    model: Any = loaded.model
+    n_vocab: int = model.get_input_embeddings().num_embeddings
     wrong = next((i for i in ids if not 0 <= i < n_vocab), None)
     if wrong is not None:
         raise InvalidRequest(f"{field} holds {wrong}, but the model's token ids go from 0 to {n_vocab - 1}.", field)

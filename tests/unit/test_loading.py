@@ -2,7 +2,10 @@
 
 import json
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -11,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from streaming.errors import (
+    DefaultModelUnavailable,
     DeviceUnavailable,
     HubUnreachable,
     ModelDamaged,
@@ -22,11 +26,13 @@ from streaming.errors import (
 )
 from streaming.models.device import choose_device, choose_dtype
 from streaming.models.loading import LoadProgress, load_model, load_tokenizer
+from streaming.models.sources import find_model
 from tests.standin_hub import point_hub_at, refusing_url, serving, silent_url
 from tests.tiny import N_CONTEXT, byte_tokenizer, tiny_llama
 
 IDS = torch.tensor([[1, 2, 3, 200, 255]])
 LONGEST_WAIT_S = 2.0
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -166,6 +172,41 @@ def test_a_model_too_large_is_refused_before_its_weights_are_touched(folder):
     message = refusal(ModelTooLarge, str(folder))
     assert "GB" in message
     assert "cpu" in message
+
+
+def test_a_wrong_name_is_told_without_torch_in_two_seconds():
+    code = (
+        "import sys, time; started = time.monotonic()\n"
+        "from streaming.errors import ModelUnavailable\n"
+        "from streaming.models.sources import find_model\n"
+        "for name in ('./nothing', 'ann/unknown'):\n"
+        "    try: find_model(name, offline=True).check()\n"
+        "    except ModelUnavailable as error: print(type(error).__name__)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "assert time.monotonic() - started < 2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["ModelNotFound", "HubUnreachable"]
+
+
+def test_a_check_fetches_nothing_and_raises_what_loading_would(hub, folder, point_at):
+    for good in (str(folder), "ann/tiny"):
+        find_model(good).check()
+    assert not [path for path in hub.requests if "/resolve/" in path]
+    with pytest.raises(ModelNotFound):
+        find_model("ann/other").check()
+    load_model("ann/tiny")
+    with refusing_url() as url:
+        point_at(url)
+        find_model("ann/tiny").check()
+        with pytest.raises(HubUnreachable):
+            find_model("ann/other").check()
+
+
+def test_offline_the_default_model_is_checked_before_it_is_loaded(tmp_path):
+    with pytest.raises(DefaultModelUnavailable, match="--offline"):
+        find_model(None, offline=True, cache_dir=tmp_path).check()
 
 
 # Devices and dtypes

@@ -29,8 +29,12 @@ class Frame:
 
     state: State
     status: str
-    message: dict[str, Any] | None
-    seed: int | None = None
+    message: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The message's text so far."""
+        return str(self.message["text"])
 
 
 class Replies:
@@ -96,7 +100,7 @@ class Replies:
                 n_read += 1
                 if isinstance(event, FinishEvent):
                     self._settle(turn, run)
-                    yield Frame("done", describe_finish(run, event), turn.reply.for_page(), run.seed)
+                    yield Frame("done", describe_finish(run, event), turn.reply.for_page())
                     return
                 began_at, last_at = began_at or event.t_s, event.t_s
                 n_tokens += 1

@@ -46,16 +46,16 @@ N_SETTINGS = len(fields(Settings))
 class SettingsPanel:
     """The panel's components; `inputs` come in the order of Settings."""
 
-    inputs: list[gr.components.Component]
+    inputs: list[Any]
     preset: gr.Radio
     own: gr.BrowserState
 
-    def field(self, name: str) -> gr.components.Component:
+    def field(self, name: str) -> Any:
         """Give the component of a setting."""
         return self.inputs[[f.name for f in fields(Settings)].index(name)]
 
     @property
-    def preset_fields(self) -> list[gr.components.Component]:
+    def preset_fields(self) -> list[Any]:
         """The components that presets set."""
         return [self.field(name) for name in PRESET_FIELDS]
 
@@ -80,7 +80,7 @@ def build_settings_panel() -> SettingsPanel:
     stop = gr.Textbox(
         label="Stop strings", info="one a line", placeholder="\\n\\n", lines=2, max_lines=6, elem_id="stop-strings"
     )
-    inputs = [
+    inputs: list[Any] = [
         system_prompt,
         max_new_tokens,
         temperature,
@@ -131,7 +131,8 @@ def _check(name: str, value: Any) -> dict[str, Any]:
             message = f"At most {MAX_STOP_STRINGS} strings"
         elif any(len(line) > MAX_STOP_CHARS for line in lines):
             message = f"At most {MAX_STOP_CHARS} characters each"
-    return gr.validate(not message, message)
+    verdict: dict[str, Any] = gr.validate(not message, message)
+    return verdict
 
 
 def _wire(panel: SettingsPanel) -> None:

@@ -32,6 +32,7 @@ from streaming.engine.base import (  # noqa: E402
 )
 from streaming.events import Event, FinishEvent, TokenEvent  # noqa: E402
 from streaming.log import EventLog  # noqa: E402
+from streaming.settings import Settings  # noqa: E402
 from streaming.ui.build import build_app, launch_app  # noqa: E402
 
 WORDS = "The brook runs down the hill and past the old mill, and nobody counts the stones.".split()  # noqa: SIM905
@@ -161,7 +162,7 @@ def measure_plain(n_messages: int, n_tokens: int) -> Measured:
 def measure_brook(n_messages: int, n_tokens: int) -> Measured:
     engine: Any = ReadyEngine()
     app = build_app(engine)
-    _, url, _ = launch_app(app, engine, quiet=True)
+    url, _ = launch_app(app, engine, Settings(port=0))
     try:
         client = Client(url)
         sent = client.event("composer", "submit")

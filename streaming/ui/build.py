@@ -1,6 +1,8 @@
 """The page, put together: what is where, which handler answers what, and how it is served."""
 
+import contextlib
 import hashlib
+import io
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from starlette.staticfiles import StaticFiles
 from streaming.engine.base import Engine
 from streaming.errors import BrookError
 from streaming.server.health import health_route
+from streaming.settings import Settings
 from streaming.ui.chat import ChatHandlers, ChatSession
 from streaming.ui.complete import build_complete
 from streaming.ui.endpoints import add_endpoints
@@ -103,20 +106,29 @@ def build_app(engine: Engine, examples: tuple[str, ...] = EXAMPLES) -> Any:
     return app
 
 
-def launch_app(app: Any, engine: Engine, routes: tuple[BaseRoute, ...] = (), **options: Any) -> tuple[Any, str, str]:
-    """Serve the page with its looks, `/healthz` and `routes`, without blocking; `options` are `gr.Blocks.launch`'s."""
+def launch_app(
+    app: Any, engine: Engine, settings: Settings, routes: tuple[BaseRoute, ...] = ()
+) -> tuple[str, str | None]:
+    """Serve the page with its looks, `/healthz` and `routes`, without blocking; give its address and its share link.
+
+    The link is None where none was asked for, or none could be had.
+    """
     own_routes = [health_route(engine), Mount(f"/{ASSETS_URL}", StaticFiles(directory=ASSETS)), *routes]
-    launched: tuple[Any, str, str] = app.launch(
-        prevent_thread_lock=True,
-        theme=build_theme(),
-        head="".join(f'<link rel="stylesheet" href="{_url(name)}">' for name in SHEETS),
-        app_kwargs={"routes": own_routes, "middleware": [Middleware(SecurityHeaders)]},
-        footer_links=[],
-        ssr_mode=False,
-        pwa=False,
-        **options,
-    )
-    return launched
+    with contextlib.redirect_stdout(io.StringIO()):  # Gradio tells of addresses and missing links at length
+        _, url, share_url = app.launch(
+            prevent_thread_lock=True,
+            server_name=settings.host,
+            server_port=settings.port or None,
+            share=settings.share,
+            auth=list(settings.auth) or None,
+            theme=build_theme(),
+            head="".join(f'<link rel="stylesheet" href="{_url(name)}">' for name in SHEETS),
+            app_kwargs={"routes": own_routes, "middleware": [Middleware(SecurityHeaders)]},
+            footer_links=[],
+            ssr_mode=False,
+            pwa=False,
+        )
+    return url, share_url
 
 
 def _build_chat(examples: tuple[str, ...]) -> _ChatPart:

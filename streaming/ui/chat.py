@@ -16,7 +16,7 @@ from streaming.engine.base import Engine, GenerationRequest
 from streaming.errors import BrookError
 from streaming.ui.replies import Frame, Replies
 from streaming.ui.session import Conversation, Message, Session, Turn
-from streaming.ui.settings_panel import Settings
+from streaming.ui.settings_panel import ChatSettings
 
 # What asking and settling change: composer, past messages, the last reply, the list of conversations.
 Update = tuple[Any, Any, Any, Any]
@@ -31,7 +31,7 @@ class Asked:
 
     conversation: Conversation
     turn: Turn
-    settings: Settings
+    settings: ChatSettings
     before: list[Message]
     text: str = ""
     refusal: str = ""
@@ -214,7 +214,7 @@ def _ask(
         reply = Message("assistant", "")
         conversation.messages.append(reply)
     conversation.turn = Turn(reply)
-    session.asked.append(Asked(conversation, conversation.turn, Settings(*values), before, text))
+    session.asked.append(Asked(conversation, conversation.turn, ChatSettings(*values), before, text))
     return _show(session, composer="" if text else SKIP)
 
 

@@ -11,7 +11,7 @@ from streaming.engine.base import Engine, GenerationRequest
 from streaming.errors import BrookError
 from streaming.ui.replies import Replies
 from streaming.ui.session import Message, Turn
-from streaming.ui.settings_panel import Settings, SettingsPanel, validate
+from streaming.ui.settings_panel import ChatSettings, SettingsPanel, validate
 
 EXAMPLES = (
     "An increasing sequence: one,",
@@ -57,7 +57,7 @@ class CompletePart:
         async def ask(state: CompleteState, text: str, n_tokens: int | None, *values: Any) -> list[Any]:
             if state.turn is None:
                 state.turn = Turn(Message("assistant", text))
-                state.settings = Settings(*values).for_request() | {"max_new_tokens": n_tokens or N_NEW_TOKENS}
+                state.settings = ChatSettings(*values).for_request() | {"max_new_tokens": n_tokens or N_NEW_TOKENS}
             return [gr.update(visible=False), gr.update(visible=True)]
 
         async def stream(state: CompleteState) -> AsyncGenerator[tuple[str, str], None]:

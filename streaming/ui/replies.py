@@ -12,7 +12,7 @@ from streaming.engine.base import Engine, Generation, GenerationRequest
 from streaming.events import FinishEvent, TokenEvent
 from streaming.ui.reasoning import ReasoningTags, begins_in_reasoning, find_tags
 from streaming.ui.session import Conversation, Message, Turn
-from streaming.ui.settings_panel import Settings
+from streaming.ui.settings_panel import ChatSettings
 from streaming.ui.status import describe_finish, describe_loading, describe_progress
 
 READY_POLL_S = 0.2
@@ -109,7 +109,7 @@ class Replies:
             state: State = "waiting" if progress.state == "waiting" else "writing" if n_tokens else "reading"
             yield Frame(state, describe_progress(progress, n_tokens, last_at - began_at), dict(page))
 
-    def chat_request(self, conversation: Conversation, reply: Message, settings: Settings) -> GenerationRequest:
+    def chat_request(self, conversation: Conversation, reply: Message, settings: ChatSettings) -> GenerationRequest:
         """Build the request for a conversation's last message, `reply`, from where that stands."""
         prefix_ids = reply.token_ids or (self._encode(reply.content) if reply.content else ())
         messages = [m.for_model() for m in conversation.messages if m is not reply]

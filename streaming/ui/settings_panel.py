@@ -19,7 +19,7 @@ _DEFAULTS = SamplingDefaults()
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ChatSettings:
     """The panel's values, in the panel's order; None takes the model's default."""
 
     system_prompt: str
@@ -39,12 +39,12 @@ class Settings:
         return values | {"seed": int(self.seed) if self.seed else None, "stop": stops}
 
 
-N_SETTINGS = len(fields(Settings))
+N_SETTINGS = len(fields(ChatSettings))
 
 
 @dataclass(frozen=True, slots=True)
 class SettingsPanel:
-    """The panel's components; `inputs` come in the order of Settings."""
+    """The panel's components; `inputs` come in the order of ChatSettings."""
 
     inputs: list[Any]
     preset: gr.Radio
@@ -52,7 +52,7 @@ class SettingsPanel:
 
     def field(self, name: str) -> Any:
         """Give the component of a setting."""
-        return self.inputs[[f.name for f in fields(Settings)].index(name)]
+        return self.inputs[[f.name for f in fields(ChatSettings)].index(name)]
 
     @property
     def preset_fields(self) -> list[Any]:
@@ -98,7 +98,7 @@ def build_settings_panel() -> SettingsPanel:
 
 def validate(values: Sequence[Any]) -> list[dict[str, Any]]:
     """Check the panel's values, in the panel's order; a message goes to the field at fault."""
-    names = [field.name for field in fields(Settings)]
+    names = [field.name for field in fields(ChatSettings)]
     return [_check(name, value) for name, value in zip(names, values, strict=True)]
 
 
@@ -154,7 +154,7 @@ def _wire(panel: SettingsPanel) -> None:
         trigger_mode="always_last",
         **hidden,
     )
-    names = [f.name for f in fields(Settings)]
+    names = [f.name for f in fields(ChatSettings)]
     for name, component in zip(names, panel.inputs, strict=True):
         if name in LIMITS or name == "stop":
             component.blur(_nothing, component, None, validator=_checker(name), **hidden)

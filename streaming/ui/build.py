@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from streaming.engine.base import Engine
 from streaming.errors import BrookError
 from streaming.server.health import health_route
 from streaming.settings import Settings
-from streaming.ui.chat import ChatHandlers, bind
+from streaming.ui.chat import ChatHandlers, ChatSession
 from streaming.ui.complete import build_complete
 from streaming.ui.endpoints import add_endpoints
 from streaming.ui.security import SecurityHeaders
@@ -35,12 +35,17 @@ SCRIPTS = (
     "markdown.js",
     "transcript.js",
 )
+SHEETS = ("brook.css", "transcript.css")
 EXAMPLES = (
     "Explain to a child why the sky is blue.",
     "Write a Python function that finds prime numbers.",
     "Give me three ideas for a rainy Sunday.",
     "What is the difference between a comet and an asteroid?",
 )
+# Nothing waits for anyone else: what is at once skips Gradio's queue, and what streams has no limit there, for the
+# engine has a queue of its own. None of it is an endpoint.
+AT_ONCE: Any = {"queue": False, "show_progress": "hidden", "trigger_mode": "multiple", "api_visibility": "private"}
+STREAMED: Any = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +59,11 @@ class _ChatPart:
     live: gr.HTML
 
 
-def build_app(engine: Engine, examples: tuple[str, ...] = EXAMPLES) -> gr.Blocks:
-    """Build the page for an engine, which may still be loading; serve it with `launch_app`."""
+def build_app(engine: Engine, examples: tuple[str, ...] = EXAMPLES) -> Any:
+    """Build the page, a `gr.Blocks`, for an engine, which may still be loading; serve it with `launch_app`."""
     handlers = ChatHandlers(engine)
     with gr.Blocks(title="Brook", analytics_enabled=False, fill_width=True, fill_height=True) as app:
-        session = gr.State(Session(), delete_callback=_close)
+        session = gr.State(ChatSession(), delete_callback=_close)
         with gr.Row(elem_id="brook", equal_height=True):
             with gr.Column(elem_id="sidebar", min_width=0, scale=0):
                 gr.HTML('<div class="brand">Brook</div>', padding=False)
@@ -102,7 +107,7 @@ def build_app(engine: Engine, examples: tuple[str, ...] = EXAMPLES) -> gr.Blocks
 
 
 def launch_app(
-    app: gr.Blocks, engine: Engine, settings: Settings, routes: tuple[BaseRoute, ...] = ()
+    app: Any, engine: Engine, settings: Settings, routes: tuple[BaseRoute, ...] = ()
 ) -> tuple[str, str | None]:
     """Serve the page with its looks, `/healthz` and `routes`, without blocking; give its address and its share link.
 
@@ -117,7 +122,7 @@ def launch_app(
             share=settings.share,
             auth=list(settings.auth) or None,
             theme=build_theme(),
-            css_paths=[ASSETS / "brook.css", ASSETS / "transcript.css"],
+            head="".join(f'<link rel="stylesheet" href="{_url(name)}">' for name in SHEETS),
             app_kwargs={"routes": own_routes, "middleware": [Middleware(SecurityHeaders)]},
             footer_links=[],
             ssr_mode=False,
@@ -155,7 +160,7 @@ def _build_chat(examples: tuple[str, ...]) -> _ChatPart:
 
 
 def _wire(
-    app: gr.Blocks,
+    app: Any,
     handlers: ChatHandlers,
     session: gr.State,
     chat: _ChatPart,
@@ -164,29 +169,38 @@ def _wire(
     new_chat: gr.Button,
     clear: gr.Button,
 ) -> None:
-    outputs = [chat.composer, chat.past, chat.live, conversations, panel.field("seed")]
+    shown = [chat.composer, chat.past, chat.live, conversations]
     asked = [session, *panel.inputs]
 
-    def check(_session: Session, *values: Any) -> list[dict[str, Any]]:
-        return [gr.validate(True, ""), *validate(values)]
+    def check(n_before: int) -> Callable[..., list[dict[str, Any]]]:
+        return lambda *values: [gr.validate(True, "")] * n_before + validate(values[n_before:])
 
-    def check_typed(_session: Session, _text: str, *values: Any) -> list[dict[str, Any]]:
-        return [gr.validate(True, ""), gr.validate(True, ""), *validate(values)]
+    def ask(listen: Any, handler: Any, inputs: list[Any]) -> None:
+        n_before = len(inputs) - len(panel.inputs)
+        begun = listen(handler, inputs, shown, validator=check(n_before), **AT_ONCE)
+        streamed = begun.success(handlers.stream, session, chat.live, **STREAMED)
+        streamed.then(handlers.settle, session, [*shown, panel.field("seed")], **AT_ONCE)
 
-    for listen in (chat.composer.submit, chat.send.click):
-        bind(listen, handlers.send, [session, chat.composer, *panel.inputs], outputs, check_typed)
+    def show(listen: Any, handler: Any) -> Any:
+        return listen(handler, session, shown, **AT_ONCE)
+
     past: Any = chat.past
-    bind(past.example, handlers.send_example, asked, outputs, check)
-    bind(past.edit, handlers.edit, asked, outputs, check)
-    bind(past.retry, handlers.retry, asked, outputs, check)
-    bind(past.resume, handlers.resume, asked, outputs, check)
-    bind(past.undo, handlers.undo, [session], outputs)
-    bind(conversations.select, handlers.select, [session], outputs)
-    bind(conversations.delete, handlers.delete, [session], outputs)
-    bind(new_chat.click, handlers.new, [session], outputs)
-    bind(clear.click, handlers.clear, [session], outputs)
-    bind(app.load, handlers.refresh, [session], outputs)
-    chat.stop.click(handlers.stop, [session], None, queue=False, show_progress="hidden", api_visibility="private")
+    for listen in (chat.composer.submit, chat.send.click):
+        ask(listen, handlers.send, [session, chat.composer, *panel.inputs])
+    ask(past.example, handlers.send_example, asked)
+    ask(past.edit, handlers.edit, asked)
+    ask(past.retry, handlers.retry, asked)
+    ask(past.resume, handlers.resume, asked)
+    for listen, handler in (
+        (past.undo, handlers.undo),
+        (new_chat.click, handlers.new),
+        (clear.click, handlers.clear),
+        (app.load, handlers.refresh),
+    ):
+        show(listen, handler)
+    for listen, switch in ((conversations.select, handlers.select), (conversations.delete, handlers.delete)):
+        show(listen, switch).then(handlers.follow, session, chat.live, **STREAMED)
+    chat.stop.click(handlers.stop, session, None, **AT_ONCE)
 
 
 def _widget(

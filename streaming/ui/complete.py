@@ -1,6 +1,6 @@
 """The Complete tab: an editable text that the model goes on with."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from streaming.engine.base import Engine, GenerationRequest
 from streaming.errors import BrookError
 from streaming.ui.replies import Replies
 from streaming.ui.session import Message, Turn
-from streaming.ui.settings_panel import Settings, SettingsPanel, validate
+from streaming.ui.settings_panel import ChatSettings, SettingsPanel, validate
 
 EXAMPLES = (
     "An increasing sequence: one,",
@@ -20,15 +20,13 @@ EXAMPLES = (
 )
 N_NEW_TOKENS = 20
 
-# What a handler changes: the text, the status line, and which buttons are there.
-Update = tuple[Any, Any, Any, Any]
-
 
 class CompleteState:
     """What one tab's Complete is writing, if it is."""
 
     def __init__(self) -> None:
         self.turn: Turn | None = None
+        self.settings: dict[str, Any] = {}
 
     def stop(self) -> None:
         """End the text here."""
@@ -50,46 +48,45 @@ class CompletePart:
 
     def wire(self, panel: SettingsPanel) -> None:
         """Connect the buttons; the settings are the chat's, but for the length."""
-        outputs = [self.text, self.status, self.go, self.stop]
-
-        async def complete(
-            state: CompleteState, text: str, n_tokens: int | None, *values: Any
-        ) -> AsyncGenerator[Update, None]:
-            if state.turn is not None:
-                return
-            state.turn = turn = Turn(Message("assistant", text))
-            settings = Settings(*values).for_request() | {"max_new_tokens": n_tokens or N_NEW_TOKENS}
-            try:
-                yield gr.skip(), "Waiting", gr.update(visible=False), gr.update(visible=True)
-                frames = self.replies.write(turn, _request(text, settings))
-                async with aclosing(frames):
-                    async for frame in frames:
-                        grown = frame.message["text"] if frame.message else gr.skip()
-                        yield grown, _words(frame.status, turn), gr.skip(), gr.skip()
-            except BrookError as error:
-                yield gr.skip(), str(error), gr.skip(), gr.skip()
-            finally:
-                state.turn = None
-            yield gr.skip(), gr.skip(), gr.update(visible=True), gr.update(visible=False)
+        hidden: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
         def check(_state: CompleteState, _text: str, n_tokens: int | None, *values: Any) -> list[dict[str, Any]]:
-            fine = n_tokens is None or 1 <= n_tokens <= 100_000
-            ok = gr.validate(True, "")
+            fine, ok = n_tokens is None or 1 <= n_tokens <= 100_000, gr.validate(True, "")
             return [ok, ok, gr.validate(fine, "Between 1 and 100,000"), *validate(values)]
+
+        async def ask(state: CompleteState, text: str, n_tokens: int | None, *values: Any) -> list[Any]:
+            if state.turn is None:
+                state.turn = Turn(Message("assistant", text))
+                state.settings = ChatSettings(*values).for_request() | {"max_new_tokens": n_tokens or N_NEW_TOKENS}
+            return [gr.update(visible=False), gr.update(visible=True)]
+
+        async def stream(state: CompleteState) -> AsyncGenerator[tuple[str, str], None]:
+            turn = state.turn
+            if turn is None:
+                return
+            text, settings = turn.begins_with, state.settings
+            try:
+                frames = self.replies.write(turn, lambda: GenerationRequest(prompt=turn.begins_with, **settings))
+                async with aclosing(frames):
+                    async for frame in frames:
+                        text = frame.text
+                        yield text, _words(frame.status, turn)
+            except BrookError as error:
+                yield text, str(error)
+            finally:
+                state.turn = None
+
+        async def settle() -> list[Any]:
+            return [gr.update(visible=True), gr.update(visible=False)]
 
         async def stop(state: CompleteState) -> None:
             state.stop()
 
-        self.go.click(
-            complete,
-            [self.state, self.text, self.n_tokens, *panel.inputs],
-            outputs,
-            validator=check,
-            concurrency_limit=None,
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        self.stop.click(stop, self.state, None, queue=False, show_progress="hidden", api_visibility="private")
+        inputs = [self.state, self.text, self.n_tokens, *panel.inputs]
+        begun = self.go.click(ask, inputs, [self.go, self.stop], validator=check, queue=False, **hidden)
+        streamed = begun.success(stream, self.state, [self.text, self.status], concurrency_limit=None, **hidden)
+        streamed.then(settle, None, [self.go, self.stop], queue=False, **hidden)
+        self.stop.click(stop, self.state, None, queue=False, **hidden)
 
 
 def build_complete(engine: Engine) -> CompletePart:
@@ -115,10 +112,6 @@ def build_complete(engine: Engine) -> CompletePart:
         gr.Examples([[example] for example in EXAMPLES], [text], label="Begin with", api_visibility="private")
     state = gr.State(CompleteState(), delete_callback=_close)
     return CompletePart(Replies(engine), state, text, n_tokens, go, stop, status)
-
-
-def _request(text: str, settings: dict[str, Any]) -> Callable[[], GenerationRequest]:
-    return lambda: GenerationRequest(prompt=text, **settings)
 
 
 def _words(status: str, turn: Turn) -> str:

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import gradio as gr
+from gradio.events import api
 
 from streaming.engine.base import Engine, GenerationRequest
 from streaming.errors import BrookError
@@ -73,7 +74,7 @@ def add_endpoints(engine: Engine) -> None:
     # gr.api reads the type of what is streamed from the annotation of the return.
     for endpoint in (chat, complete):
         endpoint.__annotations__["return"] = str
-        gr.api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
+        api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
 
 
 async def _stream(replies: Replies, build_request: Callable[[], GenerationRequest]) -> AsyncGenerator[str, None]:
@@ -84,8 +85,8 @@ async def _stream(replies: Replies, build_request: Callable[[], GenerationReques
                 if turn.run is not None and not told:
                     gr.Info(f"seed {turn.run.seed}", visible=False)
                     told = True
-                if frame.message is not None and frame.message["text"] != text:
-                    text = frame.message["text"]
+                if frame.text != text:
+                    text = frame.text
                     yield text
     except BrookError as error:
         raise gr.Error(str(error), print_exception=False) from error

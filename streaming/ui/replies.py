@@ -12,7 +12,7 @@ from streaming.engine.base import Engine, Generation, GenerationRequest
 from streaming.events import FinishEvent, TokenEvent
 from streaming.ui.reasoning import ReasoningTags, begins_in_reasoning, find_tags
 from streaming.ui.session import Conversation, Message, Turn
-from streaming.ui.settings_panel import Settings
+from streaming.ui.settings_panel import ChatSettings
 from streaming.ui.status import describe_finish, describe_loading, describe_progress
 
 READY_POLL_S = 0.2
@@ -29,8 +29,12 @@ class Frame:
 
     state: State
     status: str
-    message: dict[str, Any] | None
-    seed: int | None = None
+    message: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The message's text so far."""
+        return str(self.message["text"])
 
 
 class Replies:
@@ -96,7 +100,7 @@ class Replies:
                 n_read += 1
                 if isinstance(event, FinishEvent):
                     self._settle(turn, run)
-                    yield Frame("done", describe_finish(run, event), turn.reply.for_page(), run.seed)
+                    yield Frame("done", describe_finish(run, event), turn.reply.for_page())
                     return
                 began_at, last_at = began_at or event.t_s, event.t_s
                 n_tokens += 1
@@ -105,7 +109,7 @@ class Replies:
             state: State = "waiting" if progress.state == "waiting" else "writing" if n_tokens else "reading"
             yield Frame(state, describe_progress(progress, n_tokens, last_at - began_at), dict(page))
 
-    def chat_request(self, conversation: Conversation, reply: Message, settings: Settings) -> GenerationRequest:
+    def chat_request(self, conversation: Conversation, reply: Message, settings: ChatSettings) -> GenerationRequest:
         """Build the request for a conversation's last message, `reply`, from where that stands."""
         prefix_ids = reply.token_ids or (self._encode(reply.content) if reply.content else ())
         messages = [m.for_model() for m in conversation.messages if m is not reply]

@@ -19,7 +19,7 @@ _DEFAULTS = SamplingDefaults()
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ChatSettings:
     """The panel's values, in the panel's order; None takes the model's default."""
 
     system_prompt: str
@@ -39,23 +39,23 @@ class Settings:
         return values | {"seed": int(self.seed) if self.seed else None, "stop": stops}
 
 
-N_SETTINGS = len(fields(Settings))
+N_SETTINGS = len(fields(ChatSettings))
 
 
 @dataclass(frozen=True, slots=True)
 class SettingsPanel:
-    """The panel's components; `inputs` come in the order of Settings."""
+    """The panel's components; `inputs` come in the order of ChatSettings."""
 
-    inputs: list[gr.components.Component]
+    inputs: list[Any]
     preset: gr.Radio
     own: gr.BrowserState
 
-    def field(self, name: str) -> gr.components.Component:
+    def field(self, name: str) -> Any:
         """Give the component of a setting."""
-        return self.inputs[[f.name for f in fields(Settings)].index(name)]
+        return self.inputs[[f.name for f in fields(ChatSettings)].index(name)]
 
     @property
-    def preset_fields(self) -> list[gr.components.Component]:
+    def preset_fields(self) -> list[Any]:
         """The components that presets set."""
         return [self.field(name) for name in PRESET_FIELDS]
 
@@ -80,7 +80,7 @@ def build_settings_panel() -> SettingsPanel:
     stop = gr.Textbox(
         label="Stop strings", info="one a line", placeholder="\\n\\n", lines=2, max_lines=6, elem_id="stop-strings"
     )
-    inputs = [
+    inputs: list[Any] = [
         system_prompt,
         max_new_tokens,
         temperature,
@@ -98,7 +98,7 @@ def build_settings_panel() -> SettingsPanel:
 
 def validate(values: Sequence[Any]) -> list[dict[str, Any]]:
     """Check the panel's values, in the panel's order; a message goes to the field at fault."""
-    names = [field.name for field in fields(Settings)]
+    names = [field.name for field in fields(ChatSettings)]
     return [_check(name, value) for name, value in zip(names, values, strict=True)]
 
 
@@ -131,7 +131,8 @@ def _check(name: str, value: Any) -> dict[str, Any]:
             message = f"At most {MAX_STOP_STRINGS} strings"
         elif any(len(line) > MAX_STOP_CHARS for line in lines):
             message = f"At most {MAX_STOP_CHARS} characters each"
-    return gr.validate(not message, message)
+    verdict: dict[str, Any] = gr.validate(not message, message)
+    return verdict
 
 
 def _wire(panel: SettingsPanel) -> None:
@@ -153,7 +154,7 @@ def _wire(panel: SettingsPanel) -> None:
         trigger_mode="always_last",
         **hidden,
     )
-    names = [f.name for f in fields(Settings)]
+    names = [f.name for f in fields(ChatSettings)]
     for name, component in zip(names, panel.inputs, strict=True):
         if name in LIMITS or name == "stop":
             component.blur(_nothing, component, None, validator=_checker(name), **hidden)

@@ -2,61 +2,197 @@
 
 A Detokenizer is `feed(id)` for every token and `flush()` once at the end, both giving the new text; a StopMatcher
 cuts that text at the first stop string in the same two calls. The joined outputs of a Detokenizer equal
-`tokenizer.decode(all ids)`.
+`tokenizer.decode(all ids)`, with one exception that its docstring names.
 """
 
-from collections.abc import Iterable, Sequence
+import codecs
+import functools
+import re
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+from tokenizers import Tokenizer
+from transformers import TokenizersBackend
+
+from streaming.errors import StreamerMisuse
+
+_REPLACEMENT = "\ufffd"
+_MAX_UNFINISHED_BYTES = 3  # of one character in UTF-8
+_MAX_ID = 2**32  # ids are u32 in `tokenizers`
+_MAX_PENDING = 8  # pieces, before the oldest are taken for settled
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_EACH_BYTE = "brook-replace-each-byte"
+
+_Piece = Callable[[int], Any]
+_Join = Callable[[list[Any]], str]
 
 
 class Detokenizer:
-    """Decode one sequence incrementally, O(1) amortised a token, through `tokenizers.decoders.DecodeStream`.
+    """Decode one sequence incrementally, O(1) amortised a token, for any tokenizer that has `decode()`.
+
+    (O(n) for a run of n tokens that have no text yet: spaces that a tokenizer in Python strips at the end.)
+
+    Only a few tokens are decoded at a time: the pending ones, whose text may still change, after the ones before
+    them, which decide on a leading space. Text is given once no further token can change it.
 
     `context_ids` were shown before: they are read first, so that a following word keeps its space and a character
     that they began is completed, but their text (`context_text`) is not given again.
+
+    The exception to "equals the full decode": tokenizers with byte fallback decode a run of byte tokens all or
+    nothing, so that one malformed byte turns the whole characters beside it into U+FFFD as well, which may have been
+    shown. Here they stay, and each malformed byte alone is U+FFFD, as SentencePiece 0.2.3 decodes it, where byte fallback is from.
+
+    Raises:
+        StreamerMisuse: the tokenizer cannot decode, or it does not know an id.
     """
 
     def __init__(self, tokenizer: Any, context_ids: Iterable[int] = (), *, skip_special_tokens: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._ids: list[int] = []
-        self._n_chars = 0
+        vocabulary = _read(tokenizer, skip_special_tokens)
+        self._piece, self._join, self._skipped_ids, self._has_byte_pieces = vocabulary
+        self._context: list[Any] = []  # pieces whose text was given
+        self._pending: list[Any] = []  # pieces after them, whose text was not, or not all of it
+        self._n_given = 0  # characters of context + pending that were given
+        self._bytes = b""  # of the character that pending byte pieces began
+        self._held = ""
         self.context_text = "".join(self.feed(token_id) for token_id in context_ids)
 
     @property
-    def has_tail(self) -> bool:
-        """Whether the last token left bytes of an unfinished character behind."""
-        return self._tail_pending
+    def held(self) -> str:
+        """The text, as it stands, that a further token may still change: what `flush()` would give."""
+        return self._held
 
     def feed(self, token_id: int) -> str:
-        """Give the text that this token completes: empty while a character is unfinished."""
-        self._ids.append(token_id)
-        text = self._stream.step(self._backend, token_id)
-        self._tail_pending = text is None
-        if text is None:
+        """Give the text that this token settles: empty while a character is unfinished."""
+        if token_id in self._skipped_ids:
             return ""
-        self._n_chars += len(text)
-        return text
+        piece = self._piece(token_id)
+        if not self._has_byte_pieces:
+            return self._feed_piece(piece)
+        byte = _BYTE_PIECE.fullmatch(piece)
+        if byte is None:
+            before = self.flush() if self._bytes else ""
+            return before + self._feed_piece(piece)
+        before = "" if self._bytes else self.flush()
+        return before + self._feed_byte(piece, int(byte[1], 16))
 
     def flush(self) -> str:
-        """Give what the full decode has beyond the text given so far."""
-        full: str = self._tokenizer.decode(
-            self._ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
+        """Give what is held, because nothing that comes can change it: there is no more, or it is of another kind."""
+        text, self._held, self._bytes = self._held, "", b""
+        if self._pending:
+            self._move_on(len(self._pending))
+        return text
+
+    def _feed_piece(self, piece: Any) -> str:
+        self._pending.append(piece)
+        window = self._context + self._pending
+        whole = self._join(window)
+        # Some tokenizers write the last piece differently ("hel@@" is "hel" before another): any other one will tell.
+        n_settled = _n_common(whole, self._join([*window, piece]))
+        if whole.endswith(_REPLACEMENT):
+            n_replaced = len(whole) - len(whole.rstrip(_REPLACEMENT))
+            n_settled = min(n_settled, len(whole) - min(n_replaced, _MAX_UNFINISHED_BYTES))
+        text = whole[self._n_given : n_settled]
+        self._n_given += len(text)
+        self._held = whole[self._n_given :]
+        if text and not self._held:
+            self._move_on(len(self._pending))
+        elif self._held and len(self._pending) > _MAX_PENDING:
+            # Something is held again and again, as with bytes that make no character: keep what can still change.
+            self._move_on(len(self._pending) - _MAX_UNFINISHED_BYTES - 1)
+        return text
+
+    def _feed_byte(self, piece: str, byte: int) -> str:
+        self._pending.append(piece)
+        self._bytes += bytes([byte])
+        text, n_read = codecs.utf_8_decode(self._bytes, _EACH_BYTE, False)
+        if n_read == 1 and not self._context:
+            text = self._join(self._pending[:1])  # the first piece of all may lose a leading space
+        self._bytes = self._bytes[n_read:]
+        self._held = _REPLACEMENT * len(self._bytes)
+        if n_read:
+            self._move_on(n_read)
+        return text
+
+    def _move_on(self, n: int) -> None:
+        """Make the first `n` pending pieces the context."""
+        self._context, self._pending = self._pending[:n], self._pending[n:]
+        self._n_given = len(self._join(self._context + self._pending)) - len(self._held)
+
+
+def _read(tokenizer: Any, skip_special_tokens: bool) -> tuple[_Piece, _Join, Container[int], bool]:
+    """Give what a Detokenizer needs of a tokenizer: id → piece, pieces → text, ids to skip, has it byte pieces."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor, which TextStreamer takes as well
+    backend = _backend(tokenizer)
+    if backend is not None:
+        added = backend.get_added_tokens_decoder() if skip_special_tokens else {}
+        skipped_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        join = " ".join if backend.decoder is None else backend.decoder.decode
+        return functools.partial(_look_up, backend), join, skipped_ids, join(["<0xC3>", "<0xA9>"]) == "é"
+    if not callable(getattr(tokenizer, "decode", None)):
+        raise StreamerMisuse(
+            f"A streamer needs the model's tokenizer, which has decode(), but got {type(tokenizer).__name__}."
         )
-        tail = full[self._n_chars :]
-        self._n_chars = len(full)
-        self._tail_pending = False
-        return tail
+    skipped_ids = frozenset(getattr(tokenizer, "all_special_ids", ()) if skip_special_tokens else ())
+    return functools.partial(_check, len(tokenizer)), functools.partial(_decode, tokenizer), skipped_ids, False
+
+
+def _backend(tokenizer: Any) -> Tokenizer | None:
+    """The Rust tokenizer that decodes, unless a subclass decodes in its own way."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    kind = type(tokenizer)
+    is_plain = (
+        isinstance(tokenizer, TokenizersBackend)
+        and kind._decode is TokenizersBackend._decode
+        and kind.decode is TokenizersBackend.decode
+    )
+    return tokenizer.backend_tokenizer if is_plain else None
+
+
+def _look_up(backend: Tokenizer, token_id: int) -> str:
+    piece = backend.id_to_token(token_id) if 0 <= token_id < _MAX_ID else None
+    if piece is None:
+        raise _unknown(token_id, backend.get_vocab_size())
+    return piece
+
+
+def _check(n_ids: int, token_id: int) -> int:
+    if not 0 <= token_id < n_ids:
+        raise _unknown(token_id, n_ids)
+    return token_id
+
+
+def _decode(tokenizer: Any, token_ids: list[int]) -> str:
+    text: str = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _unknown(token_id: int, n_ids: int) -> StreamerMisuse:
+    return StreamerMisuse(
+        f"Token id {token_id} is not one of the {n_ids:,} that the tokenizer knows; give the model's own tokenizer."
+    )
+
+
+def _n_common(a: str, b: str) -> int:
+    """Length of the common beginning."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return _REPLACEMENT * (error.end - error.start), error.end
+
+
+codecs.register_error(_EACH_BYTE, _replace_each_byte)
 
 
 class StopMatcher:
     """Cut text at the first stop string, holding back only what may still become one.
 
-    A stop string is found wherever it lies over token borders. When several match, the one that begins first wins.
+    A stop string is found wherever it lies over token borders. Of several, the one that is complete first wins (of
+    those, the longest), so that the outcome does not depend on how the text was cut into tokens.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -74,9 +210,9 @@ class StopMatcher:
         if not self._stop or self.matched is not None:
             return "" if self.matched is not None else text
         text = self._held + text
-        found = [(at, s) for s in self._stop if (at := text.find(s)) >= 0]
+        found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
-            at, self.matched = min(found, key=lambda pair: pair[0])
+            _, at, self.matched = min(found)
             self._held = ""
             return text[:at]
         n_held = max(_overlap(text, s) for s in self._stop)

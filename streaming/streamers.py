@@ -66,7 +66,7 @@ class RowStream:
         self.last_at_s = now_s
         if self.first_at_s is None:
             self.first_at_s = now_s
-        if self._stop.held or self._detokenizer.has_tail:
+        if self._stop.held or self._detokenizer.held:
             self._waiting = event
         else:
             self._emit(event)

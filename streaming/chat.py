@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from streaming.errors import InvalidRequest, PromptTooLong
 
 Message = Mapping[str, Any]  # {"role", "content"} and, for replies, "token_ids": what the model wrote
@@ -42,6 +44,19 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], max_prompt_tokens: 
         PromptTooLong: the last message alone does not fit.
     """
     _check(messages)
+    try:
+        return _fit(tokenizer, messages, max_prompt_tokens)
+    except TemplateError as error:
+        if messages[0]["role"] == "system" and len(messages) > 1:
+            # Some models know no system role; what it says still has to reach them.
+            first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+            return encode_chat(tokenizer, [first, *messages[2:]], max_prompt_tokens)
+        raise InvalidRequest(
+            f"The model's chat template refuses this conversation ({error}); start a new chat.", field="messages"
+        ) from error
+
+
+def _fit(tokenizer: Any, messages: Sequence[Message], max_prompt_tokens: int) -> EncodedChat:
     ids = _encode(tokenizer, messages)
     if len(ids) <= max_prompt_tokens:
         return EncodedChat(tuple(ids))
@@ -92,25 +107,33 @@ def _check(messages: Sequence[Message]) -> None:
 
 
 def _encode(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Encode messages with replies spliced in as the ids that were generated, where the template allows it."""
+    """Encode messages with replies spliced in as the ids that were generated, where the template allows it.
+
+    In their place the template gets a marker: so many control tokens in a row as the chat has nowhere. Sanitizing
+    encodes each of them as text, on its own, so that the marker can be found again among the ids, and nothing that a
+    person writes can be mistaken for it.
+    """
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    replies = [(i, list(m["token_ids"])) for i, m in enumerate(messages) if m.get("token_ids")]
-    marker = _reply_marker(tokenizer, plain) if replies else None
-    if marker is None:
-        return _apply_template(tokenizer, plain)
-    text, marker_ids = marker
-    marked = [dict(m) for m in plain]
-    for i, _ in replies:
-        marked[i]["content"] = text
-    if not _keeps_replies(tokenizer, plain, marked, text, [plain[i]["content"] for i, _ in replies]):
-        return _apply_template(tokenizer, plain)
-    pieces = _split(_apply_template(tokenizer, marked), marker_ids)
-    if len(pieces) != len(replies) + 1:
-        return _apply_template(tokenizer, plain)
-    ids = pieces[0]
-    for (_, reply_ids), piece in zip(replies, pieces[1:], strict=True):
-        ids += reply_ids + piece
-    return ids
+    replies = {i: list(m["token_ids"]) for i, m in enumerate(messages) if m.get("token_ids")}
+    token = tokenizer.eos_token
+    if replies and token:
+        rendered = _render(tokenizer, plain)
+        n = 2
+        while token * n in rendered:
+            n += 1
+        marked = [{**m, "content": token * n} if i in replies else m for i, m in enumerate(plain)]
+        texts = _render(tokenizer, marked).split(token * n)
+        marker_ids = tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True) * n
+        pieces = _split(_apply_template(tokenizer, marked), marker_ids)
+        # Some templates strip replies or leave earlier reasoning out: what they make of the text then counts.
+        if len(texts) == len(pieces) == len(replies) + 1 and rendered == _join(
+            texts, [plain[i]["content"] for i in replies]
+        ):
+            ids = pieces[0]
+            for reply_ids, piece in zip(replies.values(), pieces[1:], strict=True):
+                ids += reply_ids + piece
+            return ids
+    return _apply_template(tokenizer, plain)
 
 
 def _apply_template(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -118,52 +141,25 @@ def _apply_template(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]
         messages,
         chat_template=_template(tokenizer),
         add_generation_prompt=True,
-        tokenize=True,
         return_dict=False,
         sanitize_control_tokens=True,
     )
     return ids
 
 
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    text: str = tokenizer.apply_chat_template(
+        messages, chat_template=_template(tokenizer), add_generation_prompt=True, tokenize=False
+    )
+    return text
+
+
 def _template(tokenizer: Any) -> str | None:
     return None if tokenizer.chat_template else PLAIN_TEMPLATE
 
 
-def _reply_marker(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, list[int]] | None:
-    """A stand-in for replies that can be found again among the ids, with its own ids.
-
-    A control token inside a message is encoded as text, on its own; so many in a row as no message has cannot be
-    mistaken for anything that a person wrote.
-    """
-    token = tokenizer.eos_token
-    if not token:
-        return None
-    n = 2
-    while any(token * n in m["content"] for m in messages):
-        n += 1
-    return token * n, tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True) * n
-
-
-def _keeps_replies(
-    tokenizer: Any,
-    plain: list[dict[str, str]],
-    marked: list[dict[str, str]],
-    marker: str,
-    replies: list[str],
-) -> bool:
-    """Whether the template writes replies as they are (some strip them or leave earlier reasoning out)."""
-
-    def render(messages: list[dict[str, str]]) -> str:
-        text: str = tokenizer.apply_chat_template(
-            messages, chat_template=_template(tokenizer), add_generation_prompt=True, tokenize=False
-        )
-        return text
-
-    pieces = render(marked).split(marker)
-    if len(pieces) != len(replies) + 1:
-        return False
-    spliced = pieces[0] + "".join(reply + piece for reply, piece in zip(replies, pieces[1:], strict=True))
-    return spliced == render(plain)
+def _join(pieces: list[str], between: list[str]) -> str:
+    return pieces[0] + "".join(text + piece for text, piece in zip(between, pieces[1:], strict=True))
 
 
 def _split(ids: list[int], separator: list[int]) -> list[list[int]]:

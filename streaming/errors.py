@@ -58,3 +58,35 @@ class StreamTimeout(BrookError, TimeoutError):
 
 class ModelUnavailable(BrookError):
     """A model that cannot be found, fetched, read or loaded."""
+
+
+class ModelNotFound(ModelUnavailable):
+    """A model id that the hub does not know, or a path that is not there."""
+
+
+class HubUnreachable(ModelUnavailable):
+    """A model that is not on this machine, and a hub that does not answer."""
+
+
+class ModelGated(ModelUnavailable):
+    """A model that the hub gives only to people it knows."""
+
+
+class NotACausalLM(ModelUnavailable):
+    """A model that cannot continue text token by token."""
+
+
+class ModelTooLarge(ModelUnavailable):
+    """A model that needs more memory than the device has free."""
+
+
+class ModelDamaged(ModelUnavailable):
+    """Files of a model that are incomplete, corrupt or of a kind that cannot be read."""
+
+
+class DeviceUnavailable(ModelUnavailable):
+    """A device that this machine does not have."""
+
+
+class DefaultModelUnavailable(ModelUnavailable):
+    """The default model, found in none of the places it can come from."""

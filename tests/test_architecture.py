@@ -84,6 +84,8 @@ def test_the_library_imports_without_gradio():
 
 
 def test_the_command_line_waits_for_no_heavy_import():
-    code = "import sys, streaming, streaming.settings; assert not {'torch', 'transformers', 'gradio'} & set(sys.modules)"
+    code = (
+        "import sys, streaming, streaming.settings; assert not {'torch', 'transformers', 'gradio'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

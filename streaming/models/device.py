@@ -1,0 +1,55 @@
+"""Where a model runs and in which dtype, and whether it fits."""
+
+import psutil
+import torch
+
+from streaming.errors import DeviceUnavailable, ModelTooLarge
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn "auto" into the fastest device here (cuda, then mps, then cpu), and any other name into that device.
+
+    Raises DeviceUnavailable.
+    """
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if n_cuda else "mps" if has_mps else "cpu")
+    device = torch.device(name)
+    n_devices = {"cpu": 1, "cuda": n_cuda, "mps": int(has_mps)}.get(device.type, 0)
+    if (device.index or 0) >= n_devices:
+        raise DeviceUnavailable(f"This machine has no device {name}; leave the device at auto, or choose cpu.")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn "auto" into the fastest dtype on `device`, and any other name into that dtype."""
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    # A CPU without these instructions computes bfloat16 by way of float32, and slower than float32 itself.
+    fast_bfloat16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast_bfloat16 else torch.float32
+
+
+def require_memory(n_bytes: int, device: torch.device, model_id: str) -> None:
+    """Raise ModelTooLarge unless `device` has `n_bytes` free."""
+    n_free = _free_bytes(device)
+    if n_bytes > n_free:
+        raise ModelTooLarge(
+            f"{model_id} needs {n_bytes / 1e9:,.1f} GB but {device.type} has {n_free / 1e9:,.1f} GB free; choose a "
+            f"smaller model, or a smaller --dtype."
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,202 @@
+"""SmolLM's GGUF files, read exactly and fast, and converted once into a folder that loads in any dtype.
+
+transformers 5.23 reads a GGUF file of the llama architecture through `gguf.GGUFReader`: 15 s for a model of 135M
+parameters, at every start, with a tokenizer that does not know the "smollm" rules and joins digits. The files that
+carry these rules are therefore read here, in 2 s; all others are left to transformers.
+
+The converted folder is a normal transformers one (config, generation config, tokenizer, chat template), but for its
+weights: they stay in the blocks of the GGUF file, under transformers' names and in transformers' row order. So the
+folder is as small as the file, and `read_weights` gives the file's exact values in float32 and their one correct
+rounding in any other dtype.
+
+Relied on, and stated by tests/model/test_default_model.py: `transformers.integrations.gguf` reads what a file says
+and unpacks its blocks (5.23).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
+from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
+
+from streaming.models.progress import LoadProgress, ProgressCallback, ignore_progress
+
+BLOCKS_FILE = "blocks.safetensors"
+
+# torch runs an operation on up to 32,768 values in the calling thread (at::internal::GRAIN_SIZE). Larger ones meet
+# all threads at a barrier at every step: no faster here, and 10 to 50 times as long while something else computes.
+_CHUNK_VALUES = 1 << 15
+
+_CONTROL_TOKEN = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class SmolGguf:
+    """A GGUF file of the llama architecture with the "smollm" vocabulary."""
+
+    def __init__(self, path: Path, metadata: dict[str, Any], is_tied: bool) -> None:
+        self.path = path
+        self._metadata = metadata
+        self._is_tied = is_tied
+
+    @classmethod
+    def open(cls, path: Path) -> "SmolGguf | None":
+        """Read what the file says about itself; None if it is of another kind. Raises ValueError if it is no GGUF."""
+        metadata, tensor_names = read_gguf_metadata(str(path), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
+        keys = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+        if tuple(map(metadata.get, keys)) != ("llama", "gpt2", "smollm"):
+            return None
+        return cls(path, metadata, is_tied="output.weight" not in tensor_names)
+
+    def build_config(self) -> transformers.LlamaConfig:
+        llama = {key.removeprefix("llama."): value for key, value in self._metadata.items()}
+        return transformers.LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            vocab_size=len(llama["tokenizer.ggml.tokens"]),
+            hidden_size=llama["embedding_length"],
+            intermediate_size=llama["feed_forward_length"],
+            num_hidden_layers=llama["block_count"],
+            num_attention_heads=llama["attention.head_count"],
+            num_key_value_heads=llama["attention.head_count_kv"],
+            head_dim=llama["rope.dimension_count"],
+            max_position_embeddings=llama["context_length"],
+            rms_norm_eps=llama["attention.layer_norm_rms_epsilon"],
+            rope_parameters={"rope_type": "default", "rope_theta": llama["rope.freq_base"]},
+            tie_word_embeddings=self._is_tied,
+            **self._special_ids(),
+        )
+
+    def build_generation_config(self, **sampling: Any) -> transformers.GenerationConfig:
+        """Build the generation defaults; `sampling` adds what a GGUF file cannot say."""
+        return transformers.GenerationConfig(**self._special_ids(), **sampling)
+
+    def build_tokenizer(self) -> transformers.PreTrainedTokenizerFast:
+        """Build llama.cpp's "smollm" tokenizer: each digit alone, then GPT-2's byte-level BPE."""
+        tokens: list[str] = self._metadata["tokenizer.ggml.tokens"]
+        merges = [tuple(merge.split(" ")) for merge in self._metadata["tokenizer.ggml.merges"]]
+        backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        backend.decoder = decoders.ByteLevel()
+        token_types = self._metadata["tokenizer.ggml.token_type"]
+        backend.add_special_tokens(
+            [
+                AddedToken(token, normalized=False, special=True)
+                for token, token_type in zip(tokens, token_types, strict=True)
+                if token_type == _CONTROL_TOKEN
+            ]
+        )
+        ids = self._special_ids()
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            bos_token=tokens[ids["bos_token_id"]],
+            eos_token=tokens[ids["eos_token_id"]],
+            pad_token=tokens[ids["pad_token_id"]],
+            unk_token=tokens[self._metadata["tokenizer.ggml.unknown_token_id"]],
+            model_max_length=self._metadata["llama.context_length"],
+            clean_up_tokenization_spaces=False,
+        )
+        tokenizer.chat_template = self._metadata.get("tokenizer.chat_template")
+        return tokenizer
+
+    def read_weights(self, dtype: torch.dtype, progress: ProgressCallback = ignore_progress) -> dict[str, torch.Tensor]:
+        """Read the weights as `{parameter name: tensor of dtype}`."""
+        blocks, ggml_types = self._read_blocks()
+        return _unpack_all(ggml_types, blocks.__getitem__, dtype, progress)
+
+    def convert(self, folder: Path, sampling: Mapping[str, Any]) -> None:
+        """Write the model into the empty `folder`, with the generation defaults `sampling`."""
+        self.build_config().save_pretrained(folder)
+        self.build_generation_config(**sampling).save_pretrained(folder)
+        self.build_tokenizer().save_pretrained(folder)
+        blocks, ggml_types = self._read_blocks()
+        save_file(blocks, folder / BLOCKS_FILE, metadata={name: str(kind) for name, kind in ggml_types.items()})
+
+    def _special_ids(self) -> dict[str, int]:
+        ids = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+        return {name: self._metadata[f"tokenizer.ggml.{key}"] for name, key in ids.items()}
+
+    def _read_blocks(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """Read the weights packed, `(rows, bytes a row)`, with each one's ggml type."""
+        header = GgufHeader.from_file(str(self.path))
+        n_heads = {
+            "self_attn.q_proj.weight": self._metadata["llama.attention.head_count"],
+            "self_attn.k_proj.weight": self._metadata["llama.attention.head_count_kv"],
+        }
+        blocks, ggml_types = {}, {}
+        for gguf_name, lazy in load_gguf_state_dict(header).items():
+            layer, stem, suffix = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", gguf_name).groups()  # type: ignore[union-attr]
+            name = f"{_NAMES[stem]}.{suffix}"
+            tensor = _restore_rotary_rows(lazy[:], n_heads[name]) if name in n_heads else lazy[:]
+            name = f"model.layers.{layer}.{name}" if layer else name
+            blocks[name], ggml_types[name] = tensor, header.ggml_types[gguf_name]
+        return blocks, ggml_types
+
+
+def read_weights(
+    folder: Path, dtype: torch.dtype, progress: ProgressCallback = ignore_progress
+) -> dict[str, torch.Tensor]:
+    """Read the weights of a converted folder as `{parameter name: tensor of dtype}`."""
+    with safe_open(folder / BLOCKS_FILE, framework="pt") as file:
+        ggml_types = {name: int(kind) for name, kind in file.metadata().items()}
+        return _unpack_all(ggml_types, file.get_tensor, dtype, progress)
+
+
+def _unpack_all(
+    ggml_types: Mapping[str, int],
+    read_blocks: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
+    progress: ProgressCallback,
+) -> dict[str, torch.Tensor]:
+    weights = {}
+    for done, (name, ggml_type) in enumerate(ggml_types.items()):
+        progress(LoadProgress("weights", done, len(ggml_types)))
+        weights[name] = _unpack(read_blocks(name), ggml_type, dtype)
+    progress(LoadProgress("weights", len(ggml_types), len(ggml_types)))
+    return weights
+
+
+def _unpack(blocks: torch.Tensor, ggml_type: int, dtype: torch.dtype) -> torch.Tensor:
+    """Unpack `(rows, bytes a row)` into `(rows, columns)`; plain values are only cast."""
+    if ggml_type not in GGML_BLOCK:
+        return blocks.to(dtype)
+    block_values, block_bytes = GGML_BLOCK[ggml_type]
+    flat = blocks.view(-1, block_bytes)
+    values = torch.empty(len(flat), block_values, dtype=dtype)
+    step = _CHUNK_VALUES // block_values
+    for start in range(0, len(flat), step):
+        chunk = flat[start : start + step]
+        values[start : start + step] = dequantize(chunk, ggml_type).view(len(chunk), block_values)
+    return values.view(len(blocks), -1)
+
+
+def _restore_rotary_rows(tensor: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Undo llama.cpp's interleaving of the two halves of each head's rows.
+
+    Blocks run along a row, so whole rows can change places while packed. Source: llama.cpp, `convert_hf_to_gguf.py`,
+    `LlamaModel.permute`.
+    """
+    rows, *rest = tensor.shape
+    return tensor.reshape(n_heads, rows // n_heads // 2, 2, *rest).transpose(1, 2).reshape(tensor.shape)

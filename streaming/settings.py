@@ -1,0 +1,148 @@
+"""Every option of the app, in one place: a flag, its environment twin `BROOK_<FLAG>`, its default, one line of help.
+
+A flag wins over its twin. Nothing heavy is imported here: `--help` and a wrong flag answer at once.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import platformdirs
+
+ENGINES = ("local",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("auto", "none")
+
+_REPEATED = ("models", "auth")
+_SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the app was asked to do.
+
+    `models` is empty for the default model. `auth` holds (user, password) pairs and stays out of the repr.
+    `data_dir` is for what cannot be had again, such as conversations, `cache_dir` for what can.
+    """
+
+    models: tuple[str, ...] = ()
+    engine: str = "local"
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 7860
+    share: bool = False
+    auth: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("brook"))
+    cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("brook"))
+    offline: bool = False
+
+
+def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> Settings:
+    """Read the flags (`sys.argv` by default) and their twins (`os.environ` by default).
+
+    A wrong value ends the process with exit code 2 and one sentence on standard error.
+    """
+    environment = os.environ if environment is None else environment
+    # A Space is reached through a proxy outside its container.
+    host = "0.0.0.0" if "SPACE_ID" in environment else "127.0.0.1"
+    parser = _Parser(host)
+    options: dict[str, Any] = {"host": host, **parser.parse_with_twins(arguments, environment)}
+    if "data_dir" in options:
+        options["cache_dir"] = options["data_dir"] / "cache"
+    for name in _REPEATED:
+        options[name] = tuple(options.get(name, ()))
+    return Settings(**options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that leaves out what was not given, and says what is wrong in one sentence."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(
+            prog="app.py",
+            description="Chat with a Hugging Face model in the browser, token by token.",
+            epilog="Every flag has an environment twin, which it wins over: --data-dir is BROOK_DATA_DIR. The twin "
+            "of a flag that can be repeated takes values separated by commas, that of a flag without a value 1 or 0.",
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        self._twin = ""
+        self._flags = [
+            self.add_argument("--model", metavar="ID_OR_PATH", dest="models", action="append", type=_text,
+                help="hub id, folder or .gguf file; can be repeated (default: SmolLM2-135M-Instruct)"),
+            self.add_argument("--engine", choices=ENGINES, help="what runs the model (default: local)"),
+            self.add_argument("--device", type=_device,
+                help="auto, cpu, mps, cuda or cuda:N (default: auto, the fastest there is)"),
+            self.add_argument("--dtype", choices=DTYPES,
+                help="how weights are held (default: auto, the fastest on the device)"),
+            self.add_argument("--quantize", choices=QUANTIZATIONS,
+                help="how weights are packed (default: auto, what suits model and device)"),
+            self.add_argument("--host", type=_text,
+                help=f"address to listen on, 0.0.0.0 for all (default: {host})"),
+            self.add_argument("--port", type=_port,
+                help="port to listen on, 0 for any free one (default: 7860)"),
+            self.add_argument("--share", action="store_true",
+                help="also open a public link through Gradio's relay (default: off)"),
+            self.add_argument("--auth", metavar="USER:PASSWORD", action="append", type=_user_and_password,
+                help="let only this user in; can be repeated (default: everyone)"),
+            self.add_argument("--data-dir", metavar="DIR", type=_folder,
+                help="folder for all that Brook keeps (default: the system's own for data and caches)"),
+            self.add_argument("--offline", action="store_true", help="never touch the network (default: off)"),
+        ]  # fmt: skip
+
+    def parse_with_twins(self, arguments: Sequence[str] | None, environment: Mapping[str, str]) -> dict[str, Any]:
+        """Parse the flags, then the twins of those that were not given, by the same rules."""
+        options = vars(self.parse_args(arguments))
+        for flag in self._flags:
+            name = flag.option_strings[0]
+            self._twin = "BROOK_" + name.removeprefix("--").replace("-", "_").upper()
+            value = environment.get(self._twin, "")
+            if value and flag.dest not in options:
+                options |= vars(self.parse_args(self._spell_out(flag, name, value)))
+        return options
+
+    def _spell_out(self, flag: argparse.Action, name: str, value: str) -> list[str]:
+        if flag.nargs == 0:
+            if value.lower() not in _SWITCHES:
+                self.error(f"{name}: must be 1 or 0, not {value!r}")
+            return [name] if _SWITCHES[value.lower()] else []
+        return [f"{name}={part.strip()}" for part in (value.split(",") if flag.dest in _REPEATED else [value])]
+
+    def error(self, message: str) -> NoReturn:
+        name, separator, rest = message.removeprefix("argument ").partition(": ")
+        self.exit(2, f"{self._twin or name}{separator}{rest}\n")
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, mps, cuda or cuda:N, not {value!r}")
+    return value
+
+
+def _port(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or int(value) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 65535, not {value!r}")
+    return int(value)
+
+
+def _user_and_password(value: str) -> tuple[str, str]:
+    user, _, password = value.partition(":")
+    if not user or not password:  # the value is not repeated here: it may be a password
+        raise argparse.ArgumentTypeError("must be USER:PASSWORD, with neither of them empty")
+    return user, password
+
+
+def _folder(value: str) -> Path:
+    return Path(_text(value)).expanduser().absolute()

@@ -19,7 +19,7 @@ from streaming.errors import StreamerMisuse
 _REPLACEMENT = "\ufffd"
 _MAX_UNFINISHED_BYTES = 3  # of one character in UTF-8
 _MAX_ID = 2**32  # ids are u32 in `tokenizers`
-_MAX_PENDING = 8  # pieces, before the oldest are taken for settled
+_MAX_WINDOW = 6  # pieces; more are decoded only while their text is not settled
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _EACH_BYTE = "brook-replace-each-byte"
 
@@ -40,7 +40,7 @@ class Detokenizer:
 
     The exception to "equals the full decode": tokenizers with byte fallback decode a run of byte tokens all or
     nothing, so that one malformed byte turns the whole characters beside it into U+FFFD as well, which may have been
-    shown. Here they stay, and each malformed byte alone is U+FFFD, as SentencePiece 0.2.3 decodes it, where byte fallback is from.
+    shown. Here they stay, and each malformed byte alone is U+FFFD, as SentencePiece (0.2.3) decodes it.
 
     Raises:
         StreamerMisuse: the tokenizer cannot decode, or it does not know an id.
@@ -49,11 +49,13 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, context_ids: Iterable[int] = (), *, skip_special_tokens: bool = False) -> None:
         vocabulary = _read(tokenizer, skip_special_tokens)
         self._piece, self._join, self._skipped_ids, self._has_byte_pieces = vocabulary
-        self._context: list[Any] = []  # pieces whose text was given
-        self._pending: list[Any] = []  # pieces after them, whose text was not, or not all of it
-        self._n_given = 0  # characters of context + pending that were given
-        self._bytes = b""  # of the character that pending byte pieces began
+        self._window: list[Any] = []  # the pieces that still count: some were given, and decide on a space
+        self._n_clean = 0  # pieces of the window, up to the last moment when nothing was held
+        self._n_given = 0  # characters of the window's text that were given
+        self._run: list[str] = []  # byte pieces after the window, of a character that is not whole yet
+        self._bytes = b""  # theirs
         self._held = ""
+        self._follows: dict[Any, bool] = {}  # whether a piece is written the same before another
         self.context_text = "".join(self.feed(token_id) for token_id in context_ids)
 
     @property
@@ -70,53 +72,84 @@ class Detokenizer:
             return self._feed_piece(piece)
         byte = _BYTE_PIECE.fullmatch(piece)
         if byte is None:
-            before = self.flush() if self._bytes else ""
-            return before + self._feed_piece(piece)
-        before = "" if self._bytes else self.flush()
-        return before + self._feed_byte(piece, int(byte[1], 16))
+            return (self.flush() if self._bytes else "") + self._feed_piece(piece)
+        return ("" if self._bytes else self.flush()) + self._feed_byte(piece, int(byte[1], 16))
 
     def flush(self) -> str:
         """Give what is held, because nothing that comes can change it: there is no more, or it is of another kind."""
-        text, self._held, self._bytes = self._held, "", b""
-        if self._pending:
-            self._move_on(len(self._pending))
+        text, self._held = self._held, ""
+        if self._bytes:
+            self._restart(self._run)
+            self._run, self._bytes = [], b""
+        else:
+            self._n_given += len(text)
+        self._n_clean = len(self._window)
         return text
 
     def _feed_piece(self, piece: Any) -> str:
-        self._pending.append(piece)
-        window = self._context + self._pending
+        window = self._window
+        window.append(piece)
         whole = self._join(window)
-        # Some tokenizers write the last piece differently ("hel@@" is "hel" before another): any other one will tell.
-        n_settled = _n_common(whole, self._join([*window, piece]))
-        if whole.endswith(_REPLACEMENT):
-            n_replaced = len(whole) - len(whole.rstrip(_REPLACEMENT))
-            n_settled = min(n_settled, len(whole) - min(n_replaced, _MAX_UNFINISHED_BYTES))
+        n_settled = self._count_settled(window, whole)
         text = whole[self._n_given : n_settled]
         self._n_given += len(text)
         self._held = whole[self._n_given :]
-        if text and not self._held:
-            self._move_on(len(self._pending))
-        elif self._held and len(self._pending) > _MAX_PENDING:
-            # Something is held again and again, as with bytes that make no character: keep what can still change.
-            self._move_on(len(self._pending) - _MAX_UNFINISHED_BYTES - 1)
+        if self._held:
+            if len(window) - self._n_clean > _MAX_WINDOW:
+                text += self._let_go()
+        elif text:
+            if len(window) > _MAX_WINDOW:
+                self._restart(window[self._n_clean :])
+            self._n_clean = len(self._window)
         return text
 
+    def _count_settled(self, window: list[Any], whole: str) -> int:
+        """Count the characters of `whole`, the window's text, that stay whatever comes next."""
+        n_settled = len(whole)
+        if not self._is_followed_as_it_is(window[-1]):
+            n_settled = _n_common(whole, self._join([*window, window[-1]]))
+        if whole.endswith(_REPLACEMENT):
+            n_replaced = len(whole) - len(whole.rstrip(_REPLACEMENT))
+            n_settled = min(n_settled, len(whole) - min(n_replaced, _MAX_UNFINISHED_BYTES))
+        return n_settled
+
+    def _let_go(self) -> str:
+        """Settle the older pieces where something is held again and again, as with bytes that make no character."""
+        held = self._held
+        # A character that is not whole yet has no more pieces than bytes; one more tells where it begins.
+        self._window = self._window[-_MAX_UNFINISHED_BYTES - 1 :]
+        whole = self._join(self._window)
+        n_held = min(len(held), len(whole) - self._count_settled(self._window, whole))
+        self._n_clean = 0
+        self._n_given = len(whole) - n_held
+        self._held = held[len(held) - n_held :]
+        return held[: len(held) - n_held]
+
+    def _is_followed_as_it_is(self, piece: Any) -> bool:
+        """Whether another piece leaves this one's text alone; "hel@@" is "hel" before any other, such as itself."""
+        known = self._follows.get(piece)
+        if known is None:
+            known = self._follows[piece] = self._join([piece, piece]).startswith(self._join([piece]))
+        return known
+
     def _feed_byte(self, piece: str, byte: int) -> str:
-        self._pending.append(piece)
+        self._run.append(piece)
         self._bytes += bytes([byte])
         text, n_read = codecs.utf_8_decode(self._bytes, _EACH_BYTE, False)
-        if n_read == 1 and not self._context:
-            text = self._join(self._pending[:1])  # the first piece of all may lose a leading space
         self._bytes = self._bytes[n_read:]
         self._held = _REPLACEMENT * len(self._bytes)
         if n_read:
-            self._move_on(n_read)
+            if n_read == 1 and not self._window:
+                text = self._join(self._run[:1])  # the first piece of all may lose a leading space
+            done, self._run = self._run[:n_read], self._run[n_read:]
+            self._restart(done)
         return text
 
-    def _move_on(self, n: int) -> None:
-        """Make the first `n` pending pieces the context."""
-        self._context, self._pending = self._pending[:n], self._pending[n:]
-        self._n_given = len(self._join(self._context + self._pending)) - len(self._held)
+    def _restart(self, window: list[Any]) -> None:
+        """Go on from these pieces, whose text was given."""
+        self._window = window
+        self._n_clean = 0
+        self._n_given = len(self._join(window))
 
 
 def _read(tokenizer: Any, skip_special_tokens: bool) -> tuple[_Piece, _Join, Container[int], bool]:

@@ -256,9 +256,7 @@ class TestRefusals:
 
 class TestStopMatcher:
     @settings(max_examples=500, deadline=None)
-    @given(
-        st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.integers(1, 5)
-    )
+    @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.integers(1, 5))
     def test_however_the_text_is_cut_it_ends_before_the_first_complete_stop_string(self, text, stop, size):
         matcher = StopMatcher(stop)
         given_text = ""

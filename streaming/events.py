@@ -89,4 +89,16 @@ class FinishEvent:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """The text of the prompt, for sinks that show it before the first token. It is no part of a log."""
+
+    text: str
+    type: Literal["prompt"] = field(default="prompt", init=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the event as sinks write it."""
+        return {"type": self.type, "text": self.text}
+
+
 Event = TokenEvent | FinishEvent

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from streaming.detokenizer import Detokenizer
 from streaming.errors import GenerationCancelled, StreamerMisuse
-from streaming.events import Event, FinishEvent, FinishReason, TokenEvent
+from streaming.events import Event, FinishEvent, FinishReason, PromptEvent, TokenEvent
 from streaming.streamers.row import RowStream
 
 State = Literal["new", "open", "ended"]
@@ -246,7 +246,7 @@ def describe(error: BaseException) -> str:
     return first_line if isinstance(error, StreamerMisuse) else f"{type(error).__name__}: {first_line}".rstrip(": ")
 
 
-def event_json(event: Event, row: int | None = None) -> str:
+def event_json(event: Event | PromptEvent, row: int | None = None) -> str:
     """Give an event as one line of JSON, with its `row` where there are several."""
     fields = event.to_dict()
     return json.dumps(fields if row is None else {**fields, "row": row}, ensure_ascii=False)

@@ -13,7 +13,7 @@ from streaming.log import EventLog
 from streaming.streamers.base import EventStreamer, event_text
 
 
-class _Stream:
+class Stream:
     """What one generate() writes: a log and a prompt's text for every row. Readers may come before the writer."""
 
     def __init__(self) -> None:
@@ -63,10 +63,11 @@ class IteratorStreamer(EventStreamer):
     ) -> None:
         super().__init__(tokenizer, skip_prompt, eos_token_id=eos_token_id, **decode_kwargs)
         self.timeout = timeout
-        self._stream = _Stream()
-        self._next_stream = _Stream()  # for readers who iterate again before the next generate() has begun
-        self._read_stream: _Stream | None = None
-        self._reader: TextReader | None = None
+        self._stream = Stream()
+        self._next_stream = Stream()  # for readers who iterate again before the next generate() has begun
+        self._read_stream: Stream | None = None
+        self._reader: Any = None  # of whoever iterates the streamer itself
+        self._reader_stream = self._stream
         self._cancelled = False
 
     @property
@@ -121,7 +122,7 @@ class IteratorStreamer(EventStreamer):
 
     def on_start(self, n_rows: int) -> None:
         if self._stream.n_rows is not None:
-            self._stream, self._next_stream = self._next_stream, _Stream()
+            self._stream, self._next_stream = self._next_stream, Stream()
         self._stream.start(n_rows)
 
     def on_prompt(self, row: int, text: str) -> None:
@@ -143,36 +144,40 @@ class IteratorStreamer(EventStreamer):
         return self
 
     def __next__(self) -> str:
-        reader = self._own_reader()
         try:
-            return next(reader)
+            text: str = next(self._own_reader())
         except (StopIteration, GenerationFailed):
-            self._forget(reader)
+            self._forget_reader()
             raise
+        return text
 
     async def __anext__(self) -> str:
-        reader = self._own_reader()
         try:
-            return await anext(reader)
+            text: str = await anext(self._own_reader())
         except (StopAsyncIteration, GenerationFailed):
-            self._forget(reader)
+            self._forget_reader()
             raise
+        return text
 
-    def _own_reader(self) -> "TextReader":
+    def _own_reader(self) -> Any:
         if self._reader is None:
-            unread = self._next_stream if self._stream is self._read_stream else self._stream
-            self._reader = TextReader(unread, None, self.timeout)
+            self._reader_stream = self._next_stream if self._stream is self._read_stream else self._stream
+            self._reader = self._read(self._reader_stream)
         return self._reader
 
-    def _forget(self, reader: "TextReader") -> None:
-        self._reader, self._read_stream = None, reader.stream
+    def _forget_reader(self) -> None:
+        self._reader, self._read_stream = None, self._reader_stream
+
+    def _read(self, stream: Stream) -> Any:
+        """Give what iterating the streamer gives."""
+        return TextReader(stream, None, self.timeout)
 
 
 class TextReader:
     """One reader of a row's text. After a StreamTimeout it goes on where it was."""
 
-    def __init__(self, stream: _Stream, row: int | None, timeout: float | None) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream, row: int | None, timeout: float | None) -> None:
+        self._stream = stream
         self._row = row  # None where no row was asked for, which only a batch of one can answer
         self._log = stream.log(row or 0)
         self._timeout = timeout
@@ -211,7 +216,7 @@ class TextReader:
         return self._ready.popleft()
 
     def _take(self, event: Event) -> None:
-        stream = self.stream
+        stream = self._stream
         if self._row is None and stream.n_rows != 1:
             raise StreamerMisuse(f"The batch has {stream.n_rows} rows; follow each with texts(row) or events(row=row).")
         texts = [stream.prompt_texts.get(self._row or 0, "") if self._n_read == 0 else "", event_text(event)]

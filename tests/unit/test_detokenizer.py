@@ -37,7 +37,8 @@ def full_decode(name: str, ids: list[int], skip: bool) -> str:
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} if skip else set()
     pieces = []
     for is_byte, run in groupby(tokenizer.convert_ids_to_tokens([i for i in ids if i not in special]), is_byte_piece):
-        pieces += replace_malformed(list(run)) if is_byte else run
+        these = list(run)
+        pieces += replace_malformed(these) if is_byte else these
     return tokenizer.backend_tokenizer.decoder.decode(pieces)
 
 

@@ -27,7 +27,7 @@ from benchmarks.report import report
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 120.0
 
-RECIPE = '''
+RECIPE = """
 import sys
 from threading import Thread
 import gradio as gr
@@ -45,7 +45,7 @@ def chat(message, history):
         text += piece
         yield text
 gr.ChatInterface(chat).launch(server_port=port)
-'''
+"""
 
 
 @contextlib.contextmanager

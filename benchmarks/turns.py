@@ -20,7 +20,7 @@ from streaming import GenerationRequest, load_engine
 from streaming.events import TokenEvent
 
 ROUNDS = 5
-N_REPLY_TOKENS = 48
+N_REPLY_TOKENS = 32
 QUESTIONS = [
     "Tell me about the history of lighthouses, who built the first ones and what they burned for light.",
     "How did the lenses work, and why were they made of so many separate rings of glass?",

@@ -72,6 +72,29 @@ class EventLog:
                 self._changed.wait(timeout)
             return self._events[after:]
 
+    async def wait_async(self, after: int, timeout: float) -> list[Event]:
+        """Wait as `wait()` does, in an event loop, without a thread."""
+        loop = asyncio.get_running_loop()
+        changed = asyncio.Event()
+
+        def wake() -> None:
+            # A loop that was closed has no reader left to wake.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(changed.set)
+
+        with self._changed:
+            if len(self._events) > after or self.finish is not None:
+                return self._events[after:]
+            self._listeners.append(wake)
+        try:
+            await asyncio.wait_for(changed.wait(), timeout)
+        except TimeoutError:
+            pass
+        finally:
+            with self._changed:
+                self._listeners.remove(wake)
+        return self._events[after:]
+
     def wait_finish(self, timeout: float | None = None) -> FinishEvent | None:
         """Wait for the FinishEvent, at most `timeout` seconds; None when it has not come."""
         with self._changed:

@@ -134,7 +134,7 @@ class SmolGguf:
         blocks, ggml_types = self._read_blocks()
         save_file(blocks, folder / BLOCKS_FILE, metadata={name: str(kind) for name, kind in ggml_types.items()})
 
-    def _special_ids(self) -> dict[str, int]:
+    def _special_ids(self) -> dict[str, Any]:
         ids = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
         return {name: self._metadata[f"tokenizer.ggml.{key}"] for name, key in ids.items()}
 

@@ -53,6 +53,13 @@ class HubModel:
             self._deadline = time.monotonic() + _ANSWER_TIMEOUT_S
             self._asker.start()
 
+    def check(self) -> None:
+        """Raise what `fetch` would raise, as far as the hub's one answer tells."""
+        try:
+            self._list_files()
+        except HubUnreachable as unreachable:
+            self._find_copy(False, unreachable)
+
     def fetch(self, *, weights: bool) -> Path:
         """Return the model's folder, fetching what is missing: with `weights`, or only the small files.
 
@@ -139,9 +146,9 @@ def _reporting_bar(progress: ProgressCallback) -> type[tqdm]:
         def __init__(self, *args: Any, **options: Any) -> None:
             self._counts_bytes = options.get("name") == "huggingface_hub.snapshot_download"
             self._n_received = 0
-            super().__init__(*args, **options)
+            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
 
-        def update(self, n: float | None = 1) -> bool | None:
+        def update(self, n: float | None = 1) -> Any:
             if self._counts_bytes:
                 self._n_received += int(n or 0)
                 progress(LoadProgress("download", self._n_received, int(self.total or 0)))

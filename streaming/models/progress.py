@@ -16,6 +16,18 @@ class LoadProgress:
     done: int = 0
     total: int = 0
 
+    def __str__(self) -> str:
+        """Say it in words: `Fetching the model · 42 %`."""
+        words = _STAGES.get(self.stage, "Loading the model")
+        return f"{words} · {100 * self.done // self.total} %" if self.total else words
+
+
+_STAGES = {
+    "waiting": "Waiting for another process to prepare the model",
+    "download": "Fetching the model",
+    "conversion": "Converting the model",
+    "weights": "Loading the model",
+}
 
 ProgressCallback = Callable[[LoadProgress], None]
 

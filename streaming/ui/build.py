@@ -1,0 +1,232 @@
+"""The page, put together: what is where, which handler answers what, and how it is served."""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.routing import BaseRoute, Mount
+from starlette.staticfiles import StaticFiles
+
+from streaming.engine.base import Engine
+from streaming.errors import BrookError
+from streaming.server.health import health_route
+from streaming.settings import Settings
+from streaming.ui.chat import ChatHandlers, ChatSession
+from streaming.ui.complete import build_complete
+from streaming.ui.endpoints import add_endpoints
+from streaming.ui.security import SecurityHeaders
+from streaming.ui.session import Session
+from streaming.ui.settings_panel import SettingsPanel, build_settings_panel, show_defaults, validate
+from streaming.ui.theme import build_theme
+
+ASSETS = Path(__file__).parents[2] / "assets"
+ASSETS_URL = "brook"
+SCRIPTS = (
+    "vendor/markdown-it.min.js",
+    "vendor/texmath.js",
+    "vendor/highlight.min.js",
+    "page.js",
+    "markdown.js",
+    "transcript.js",
+)
+SHEETS = ("brook.css", "transcript.css")
+EXAMPLES = (
+    "Explain to a child why the sky is blue.",
+    "Write a Python function that finds prime numbers.",
+    "Give me three ideas for a rainy Sunday.",
+    "What is the difference between a comet and an asteroid?",
+)
+# Nothing waits for anyone else: what is at once skips Gradio's queue, and what streams has no limit there, for the
+# engine has a queue of its own. None of it is an endpoint.
+AT_ONCE: Any = {"queue": False, "show_progress": "hidden", "trigger_mode": "multiple", "api_visibility": "private"}
+STREAMED: Any = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+
+
+@dataclass(frozen=True, slots=True)
+class _ChatPart:
+    """The chat's components that handlers change."""
+
+    composer: gr.Textbox
+    send: gr.Button
+    stop: gr.Button
+    past: gr.HTML
+    live: gr.HTML
+
+
+def build_app(engine: Engine, examples: tuple[str, ...] = EXAMPLES) -> Any:
+    """Build the page, a `gr.Blocks`, for an engine, which may still be loading; serve it with `launch_app`."""
+    handlers = ChatHandlers(engine)
+    with gr.Blocks(title="Brook", analytics_enabled=False, fill_width=True, fill_height=True) as app:
+        session = gr.State(ChatSession(), delete_callback=_close)
+        with gr.Row(elem_id="brook", equal_height=True):
+            with gr.Column(elem_id="sidebar", min_width=0, scale=0):
+                gr.HTML('<div class="brand">Brook</div>', padding=False)
+                new_chat = gr.Button("New chat", elem_id="new-chat")
+                conversations = _widget("mountConversations", ("select", "delete"), [], elem_id="conversations")
+                clear = gr.Button("Clear this chat", elem_id="clear", size="sm")
+            with gr.Column(elem_id="main", min_width=0):
+                about = _widget("mountAbout", (), {"model": engine.model_id}, elem_id="header")
+                with gr.Tabs(elem_id="tabs"):
+                    with gr.Tab("Chat", elem_id="chat-tab"):
+                        chat = _build_chat(examples)
+                    with gr.Tab("Complete", elem_id="complete-tab"):
+                        complete = build_complete(engine)
+            with gr.Column(elem_id="settings", min_width=0, scale=0):
+                gr.HTML('<h2 class="panel-title">Settings</h2>', padding=False)
+                panel = build_settings_panel()
+        _wire(app, handlers, session, chat, panel, conversations, new_chat, clear)
+        complete.wire(panel)
+        add_endpoints(engine)
+
+        async def greet() -> AsyncIterator[dict[Any, Any]]:
+            """Say how far the model is, then show its name and defaults."""
+            try:
+                async for words in handlers.wait_ready():
+                    yield {about: {"model": engine.model_id, "readiness": words}}
+            except BrookError as error:
+                yield {about: {"model": engine.model_id, "readiness": str(error), "failed": True}}
+                return
+            yield {about: {"model": engine.model_id, "tags": handlers.tags}, **show_defaults(panel, engine.defaults)}
+
+        app.load(
+            greet,
+            None,
+            [about, *panel.inputs],
+            show_progress="hidden",
+            concurrency_limit=None,
+            api_visibility="private",
+        )
+    app.queue(default_concurrency_limit=None, api_open=False)
+    return app
+
+
+def launch_app(
+    app: Any, engine: Engine, settings: Settings, routes: tuple[BaseRoute, ...] = ()
+) -> tuple[str, str | None]:
+    """Serve the page with its looks, `/healthz` and `routes`, without blocking; give its address and its share link.
+
+    The link is None where none was asked for, or none could be had.
+    """
+    own_routes = [health_route(engine), Mount(f"/{ASSETS_URL}", StaticFiles(directory=ASSETS)), *routes]
+    with contextlib.redirect_stdout(io.StringIO()):  # Gradio tells of addresses and missing links at length
+        _, url, share_url = app.launch(
+            prevent_thread_lock=True,
+            server_name=settings.host,
+            server_port=settings.port or None,
+            share=settings.share,
+            auth=list(settings.auth) or None,
+            theme=build_theme(),
+            head="".join(f'<link rel="stylesheet" href="{_url(name)}">' for name in SHEETS),
+            app_kwargs={"routes": own_routes, "middleware": [Middleware(SecurityHeaders)]},
+            footer_links=[],
+            ssr_mode=False,
+            pwa=False,
+        )
+    return url, share_url
+
+
+def _build_chat(examples: tuple[str, ...]) -> _ChatPart:
+    with gr.Column(elem_id="chatbot"):
+        past = _widget(
+            "mountPast",
+            ("edit", "retry", "resume", "undo", "example"),
+            {"conversation": None, "messages": []},
+            arguments=f", {list(examples)!r}",
+        )
+        live = _widget("mountLive", (), {"state": "idle", "status": "", "message": None})
+    with gr.Column(elem_id="dock"):
+        _widget("mountStatus", (), None, elem_id="status")
+        with gr.Row(elem_id="composer-row"):
+            composer = gr.Textbox(
+                placeholder="Message",
+                show_label=False,
+                container=False,
+                lines=1,
+                max_lines=10,
+                autofocus=True,
+                elem_id="composer",
+                html_attributes=gr.InputHTMLAttributes(enterkeyhint="send"),
+                scale=1,
+            )
+            send = gr.Button("Send", elem_id="send", variant="primary", min_width=0, scale=0)
+            stop = gr.Button("Stop", elem_id="stop", min_width=0, scale=0)
+    return _ChatPart(composer, send, stop, past, live)
+
+
+def _wire(
+    app: Any,
+    handlers: ChatHandlers,
+    session: gr.State,
+    chat: _ChatPart,
+    panel: SettingsPanel,
+    conversations: gr.HTML,
+    new_chat: gr.Button,
+    clear: gr.Button,
+) -> None:
+    shown = [chat.composer, chat.past, chat.live, conversations]
+    asked = [session, *panel.inputs]
+
+    def check(n_before: int) -> Callable[..., list[dict[str, Any]]]:
+        return lambda *values: [gr.validate(True, "")] * n_before + validate(values[n_before:])
+
+    def ask(listen: Any, handler: Any, inputs: list[Any]) -> None:
+        n_before = len(inputs) - len(panel.inputs)
+        begun = listen(handler, inputs, shown, validator=check(n_before), **AT_ONCE)
+        streamed = begun.success(handlers.stream, session, chat.live, **STREAMED)
+        streamed.then(handlers.settle, session, [*shown, panel.field("seed")], **AT_ONCE)
+
+    def show(listen: Any, handler: Any) -> Any:
+        return listen(handler, session, shown, **AT_ONCE)
+
+    past: Any = chat.past
+    for listen in (chat.composer.submit, chat.send.click):
+        ask(listen, handlers.send, [session, chat.composer, *panel.inputs])
+    ask(past.example, handlers.send_example, asked)
+    ask(past.edit, handlers.edit, asked)
+    ask(past.retry, handlers.retry, asked)
+    ask(past.resume, handlers.resume, asked)
+    for listen, handler in (
+        (past.undo, handlers.undo),
+        (new_chat.click, handlers.new),
+        (clear.click, handlers.clear),
+        (app.load, handlers.refresh),
+    ):
+        show(listen, handler)
+    for listen, switch in ((conversations.select, handlers.select), (conversations.delete, handlers.delete)):
+        show(listen, switch).then(handlers.follow, session, chat.live, **STREAMED)
+    chat.stop.click(handlers.stop, session, None, **AT_ONCE)
+
+
+def _widget(
+    mount: str,
+    events: tuple[str, ...],
+    value: Any,
+    *,
+    arguments: str = "",
+    elem_id: str | None = None,
+) -> gr.HTML:
+    """Make a part of the page that a function of the page's scripts draws, from `value`, and that sends `events`."""
+    # gr.HTML knows its custom events by their names, in quotes, in this code (gradio 6.31, HTML.__getattr__).
+    return gr.HTML(
+        value,
+        html_template="",
+        js_on_load=f"brook.{mount}(element, props, watch, trigger{arguments}); // {list(events)!r}",
+        head="".join(f'<script src="{_url(name)}"></script>' for name in SCRIPTS),
+        apply_default_css=False,
+        elem_id=elem_id,
+    )
+
+
+def _url(name: str) -> str:
+    """Give an asset's address, which changes with its content so that browsers may keep it."""
+    return f"{ASSETS_URL}/{name}?{hashlib.sha256((ASSETS / name).read_bytes()).hexdigest()[:12]}"
+
+
+def _close(session: Session) -> None:
+    session.close()

@@ -19,7 +19,8 @@ class EventLog:
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._changed = threading.Condition()
-        self._listeners: list[Callable[[], None]] = []
+        self._finish: FinishEvent | None = None
+        self._listeners: tuple[Callable[[], None], ...] = ()
 
     def append(self, event: Event) -> None:
         """Add one event and wake the readers.
@@ -28,24 +29,26 @@ class EventLog:
             StreamerMisuse: after the FinishEvent.
         """
         with self._changed:
-            if self.finish is not None:
+            if self._finish is not None:
                 raise StreamerMisuse("The stream has already ended; nothing can be added to it.")
             self._events.append(event)
-        self.touch()
+            if isinstance(event, FinishEvent):
+                self._finish = event
+            self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
 
     def touch(self) -> None:
         """Wake the readers without a new event, because something beside the log changed (progress, say)."""
         with self._changed:
             self._changed.notify_all()
-            listeners = tuple(self._listeners)
-        for listener in listeners:
+        for listener in self._listeners:
             listener()
 
     @property
     def finish(self) -> FinishEvent | None:
         """The last event once the stream has ended, else None."""
-        last = self._events[-1] if self._events else None
-        return last if isinstance(last, FinishEvent) else None
+        return self._finish
 
     def __len__(self) -> int:
         return len(self._events)
@@ -127,7 +130,7 @@ class EventLog:
                 loop.call_soon_threadsafe(changed.set)
 
         with self._changed:
-            self._listeners.append(wake)
+            self._listeners = (*self._listeners, wake)
         try:
             while True:
                 batch = self.snapshot(after)
@@ -144,7 +147,7 @@ class EventLog:
                     changed.clear()
         finally:
             with self._changed:
-                self._listeners.remove(wake)
+                self._listeners = tuple(listener for listener in self._listeners if listener is not wake)
 
 
 def _left(deadline: float | None) -> float | None:

@@ -13,7 +13,7 @@ _ENDINGS = {
 
 def describe_loading(status: EngineStatus) -> str:
     """Say how far the model is: `Loading the model · 42 %`."""
-    return " · ".join(part for part in ("Loading the model", status.detail) if part)
+    return status.detail or "Loading the model"
 
 
 def describe_progress(progress: Progress, n_tokens: int, writing_s: float) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Replies:
             async for words in self.wait_ready(turn):
                 yield Frame("waiting", words, turn.reply.for_page())
             if not turn.stopped:
-                request = await asyncio.to_thread(build_request)
+                request = dataclasses.replace(await asyncio.to_thread(build_request), owner=turn.owner)
                 turn.run = await asyncio.to_thread(self._engine.submit, request)
                 self._begin(turn, turn.run)
             if turn.run is None:

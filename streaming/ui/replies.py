@@ -72,11 +72,8 @@ class Replies:
                 request = await asyncio.to_thread(build_request)
                 turn.run = await asyncio.to_thread(self._engine.submit, request)
                 self._begin(turn, turn.run)
-            if turn.run is None:
-                yield Frame("done", "Stopped before it began", turn.reply.for_page())
-                return
-            if turn.stopped:
-                turn.run.cancel()
+                if turn.stopped:
+                    turn.run.cancel()
             async with aclosing(self.follow(turn)) as frames:
                 async for frame in frames:
                     yield frame
@@ -90,6 +87,7 @@ class Replies:
         """Read a turn's log from its beginning to its end; any number of readers may."""
         while turn.run is None:
             if turn.stopped:
+                yield Frame("done", "Stopped before it began", turn.reply.for_page())
                 return
             yield Frame("waiting", describe_loading(self._engine.status()), turn.reply.for_page())
             await asyncio.sleep(READY_POLL_S)

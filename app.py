@@ -4,6 +4,7 @@ import socket
 import sys
 
 from streaming.errors import ModelUnavailable
+from streaming.models.sources import find_model
 from streaming.settings import load_settings
 
 
@@ -12,10 +13,15 @@ def main() -> int:
     settings = load_settings()
     if _is_taken(settings.host, settings.port):
         return _refuse(f"{settings.host}:{settings.port} is taken or not this machine's; choose another with --port.")
+    model = settings.models[0] if settings.models else None
+    try:
+        find_model(model, offline=settings.offline, cache_dir=settings.cache_dir).check()
+    except ModelUnavailable as error:
+        return _refuse(str(error))
     from streaming.engine.local import load_engine
 
     engine = load_engine(
-        settings.models[0] if settings.models else None,
+        model,
         wait=False,
         device=settings.device,
         dtype=settings.dtype,

@@ -13,14 +13,26 @@ if TYPE_CHECKING:
     from streaming.errors import BrookError as BrookError
     from streaming.events import FinishEvent as FinishEvent
     from streaming.events import TokenEvent as TokenEvent
+    from streaming.streamers import CallbackStreamer as CallbackStreamer
+    from streaming.streamers import ConsoleStreamer as ConsoleStreamer
+    from streaming.streamers import FileStreamer as FileStreamer
     from streaming.streamers import IteratorStreamer as IteratorStreamer
+    from streaming.streamers import SocketStreamer as SocketStreamer
+    from streaming.streamers import SSEStreamer as SSEStreamer
+    from streaming.streamers import TeeStreamer as TeeStreamer
 
 _HOMES = {
     "BrookError": "streaming.errors",
+    "CallbackStreamer": "streaming.streamers",
+    "ConsoleStreamer": "streaming.streamers",
+    "FileStreamer": "streaming.streamers",
     "FinishEvent": "streaming.events",
     "Generation": "streaming.engine.base",
     "GenerationRequest": "streaming.engine.base",
     "IteratorStreamer": "streaming.streamers",
+    "SSEStreamer": "streaming.streamers",
+    "SocketStreamer": "streaming.streamers",
+    "TeeStreamer": "streaming.streamers",
     "TokenEvent": "streaming.events",
     "load_engine": "streaming.engine.local",
 }

@@ -3,6 +3,8 @@
 A message is one sentence that says what went wrong and what to do; it can be shown to a person as it is.
 """
 
+import queue
+
 
 class BrookError(Exception):
     """Any error that Brook raises on purpose."""
@@ -52,8 +54,15 @@ class StreamerMisuse(BrookError, RuntimeError):
     """A streamer called in a way that it cannot serve, such as `put` after `end`."""
 
 
-class StreamTimeout(BrookError, TimeoutError):
-    """A reader waited longer than it said it would."""
+class SinkFailed(BrookError):
+    """A place that a stream was written to cannot take more; the cause is chained."""
+
+
+class StreamTimeout(BrookError, TimeoutError, queue.Empty):
+    """A reader waited longer than it said it would.
+
+    It is what TextIteratorStreamer raises (`queue.Empty`) and AsyncTextIteratorStreamer (`TimeoutError`) as well.
+    """
 
 
 class ModelUnavailable(BrookError):

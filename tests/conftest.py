@@ -29,3 +29,15 @@ def no_thread_is_left(request):
         if thread.name.startswith("brook"):
             thread.join(max(0.0, deadline - time.monotonic()))
             assert not thread.is_alive(), f"the test left the thread {thread.name} behind"
+
+
+@pytest.fixture(scope="session")
+def default_model():
+    """The default model in fp32 on the CPU, fetched and converted if it is not yet on this machine."""
+    from streaming.errors import ModelUnavailable
+    from streaming.models.loading import load_model
+
+    try:
+        return load_model(device="cpu", dtype="float32", quantize="none")
+    except ModelUnavailable as error:
+        skip_or_fail(f"the default model is not here: {error}")

@@ -7,22 +7,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from streaming.chat import encode_chat, encode_text
 from streaming.detokenizer import Detokenizer
 from streaming.engine.base import Generation, GenerationRequest, Progress, SamplingDefaults
 from streaming.engine.sampling import LogprobRecorder
 from streaming.errors import GenerationCancelled, InvalidRequest, PromptTooLong
-from streaming.events import FinishEvent, FinishReason
+from streaming.events import FinishReason
+from streaming.log import EventLog
 from streaming.models.loading import LoadedModel
-from streaming.streamers import IteratorStreamer, RowStream
+from streaming.streamers import RowStream
 
 
 class StopStringMet(Exception):
     """Raised inside `generate()` where the text has met a stop string."""
 
 
-class Run(IteratorStreamer):
+class Run(BaseStreamer):
     """The streamer that `generate()` writes to for one request, and its Generation.
 
     The worker writes the end of the log itself, once `generate()` has let go of the model, however it did.
@@ -37,7 +39,8 @@ class Run(IteratorStreamer):
         tokenizer: Any,
         detokenizer: Detokenizer,
     ) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.log = EventLog()
+        self.cancelled = False
         self.sampling = sampling
         self.recorder = LogprobRecorder(tokenizer, request.logprobs) if request.logprobs else None
         self.submitted_at = time.perf_counter()
@@ -47,20 +50,28 @@ class Run(IteratorStreamer):
         self._n_seen_tokens = 0
         self.row = RowStream(
             detokenizer,
-            self.on_event,
+            self.log.append,
             stop=request.stop,
             logprobs=None if self.recorder is None else self.recorder.of,
             started_at=self.submitted_at,
         )
 
+    def cancel(self) -> None:
+        """Make generation stop within one token, or before the next chunk of the prompt."""
+        self.cancelled = True
+
     def put(self, value: torch.Tensor) -> None:
-        if value.dim() == 1 and self.row.n_tokens == 0:
+        if self.cancelled:
+            raise GenerationCancelled("The generation was cancelled.")
+        if value.dim() == 2:  # the prompt
+            return
+        if self.row.n_tokens == 0:
             self.generation.progress = dataclasses.replace(
                 self.generation.progress, state="writing", n_read=len(self.generation.prompt_ids)
             )
-        super().put(value)
-        if value.dim() == 1:
-            self.token_ids += value.tolist()
+        for token_id in value.tolist():
+            self.row.put(token_id)
+            self.token_ids.append(token_id)
         if self.row.stop_string is not None:
             raise StopStringMet
 
@@ -83,21 +94,15 @@ class Run(IteratorStreamer):
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """End the log."""
-        self.row.end()
-        self.generation.progress = dataclasses.replace(self.generation.progress, state="done", n_ahead=0)
-        self.on_event(
-            FinishEvent(
-                reason,
-                error,
-                n_prompt_tokens=len(self.generation.prompt_ids),
-                n_reused_tokens=self.n_reused_tokens,
-                n_generated_tokens=self.row.n_tokens,
-                timings=self.row.timings(self.queued_s),
-            )
+        last = self.row.finish(
+            reason,
+            error,
+            n_prompt_tokens=len(self.generation.prompt_ids),
+            n_reused_tokens=self.n_reused_tokens,
+            queued_s=self.queued_s,
         )
-
-    def _open_row(self, prompt_ids: list[int]) -> RowStream:
-        return self.row
+        self.generation.progress = dataclasses.replace(self.generation.progress, state="done", n_ahead=0)
+        self.log.append(last)
 
 
 def build_run(

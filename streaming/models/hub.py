@@ -53,6 +53,13 @@ class HubModel:
             self._deadline = time.monotonic() + _ANSWER_TIMEOUT_S
             self._asker.start()
 
+    def check(self) -> None:
+        """Raise what `fetch` would raise, as far as the hub's one answer tells."""
+        try:
+            self._list_files()
+        except HubUnreachable as unreachable:
+            self._find_copy(False, unreachable)
+
     def fetch(self, *, weights: bool) -> Path:
         """Return the model's folder, fetching what is missing: with `weights`, or only the small files.
 

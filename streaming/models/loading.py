@@ -1,34 +1,25 @@
 """Loading a model and its tokenizer: the only caller of `from_pretrained`.
 
-A model is first found (the default one, a folder, a `.gguf` file, a name on the hub) and then always loaded from
-files on this machine. Code that comes with a model is never run.
+A model is always loaded from files on this machine, which `sources.py` brings here. Code that comes with a model is
+never run.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import platformdirs
 import torch
 import transformers
 
-from streaming.errors import (
-    DefaultModelUnavailable,
-    ModelDamaged,
-    ModelNotFound,
-    ModelTooLarge,
-    ModelUnavailable,
-    NotACausalLM,
-)
+from streaming.errors import ModelDamaged, ModelTooLarge, ModelUnavailable, NotACausalLM
 from streaming.models.device import choose_device, choose_dtype, require_memory
-from streaming.models.embedded import DEFAULT_MODEL, prepare_embedded_model
+from streaming.models.embedded import DEFAULT_MODEL
 from streaming.models.gguf import BLOCKS_FILE, SmolGguf, read_weights
-from streaming.models.hub import HubModel
 from streaming.models.progress import LoadProgress as LoadProgress
 from streaming.models.progress import ProgressCallback, ignore_progress
+from streaming.models.sources import find_model
 from streaming.settings import QUANTIZATIONS
 
 # How the classes are called whose heads continue text; "forconditionalgeneration" is that of models which also see.
@@ -72,7 +63,7 @@ def load_model(
     report = progress or ignore_progress
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
-    source = _find(model, offline, cache_dir, report)
+    source = find_model(model, offline=offline, cache_dir=cache_dir, progress=report)
     name = model or DEFAULT_MODEL.model_id
     with _explaining(name):
         files = _open(source.fetch(weights=False))
@@ -97,51 +88,9 @@ def load_tokenizer(
     progress: ProgressCallback | None = None,
 ) -> Any:
     """Load only the tokenizer of `model`, which takes a fraction of the time; as `load_model` otherwise."""
-    source = _find(model, offline, cache_dir, progress or ignore_progress)
+    source = find_model(model, offline=offline, cache_dir=cache_dir, progress=progress or ignore_progress)
     with _explaining(model or DEFAULT_MODEL.model_id):
         return _load_tokenizer(_open(source.fetch(weights=False)))
-
-
-class _Source(Protocol):
-    def fetch(self, *, weights: bool) -> Path:
-        """Return the model's folder or file: with its weights, or with all that is small."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Local:
-    path: Path
-
-    def fetch(self, *, weights: bool) -> Path:
-        return self.path
-
-
-def _find(model: str | None, offline: bool, cache_dir: Path | None, progress: ProgressCallback) -> _Source:
-    if model is None:
-        return _find_default(offline, cache_dir or platformdirs.user_cache_path("brook"), progress)
-    path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return _Local(path)
-    if path.exists():
-        raise ModelNotFound(f"{model} is neither a model's folder nor a .gguf file.")
-    if path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf" or model.count("/") > 1:
-        raise ModelNotFound(f"There is nothing at {model}; check the path.")
-    return HubModel(model, offline=offline, progress=progress)
-
-
-def _find_default(offline: bool, cache_dir: Path, progress: ProgressCallback) -> _Source:
-    hub = HubModel(DEFAULT_MODEL.model_id, offline=offline, progress=progress)
-    if "SPACE_ID" in os.environ:  # there the hub is next door, and the model preloaded
-        try:
-            return _Local(hub.fetch(weights=True))
-        except ModelUnavailable:
-            pass
-    try:
-        return _Local(prepare_embedded_model(cache_dir, offline=offline, progress=progress, before_fetch=hub.ask))
-    except DefaultModelUnavailable as unavailable:
-        try:
-            return _Local(hub.fetch(weights=True))
-        except ModelUnavailable:
-            raise unavailable from None
 
 
 @contextmanager
@@ -222,9 +171,23 @@ def _load_weights(
 def _assemble(config: Any, weights: dict[str, torch.Tensor], generation_config: Any) -> Any:
     """Make a model of tensors that are already here, without a copy of them."""
     dtype = weights["model.norm.weight"].dtype
-    return transformers.LlamaForCausalLM.from_pretrained(
-        None, config=config, state_dict=weights, generation_config=generation_config, dtype=dtype
-    )
+    with _no_progress_bar():
+        return transformers.LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=weights, generation_config=generation_config, dtype=dtype
+        )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bar from the terminal where it would only flash up."""
+    bars = transformers.utils.logging
+    was_enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            bars.enable_progress_bar()
 
 
 def _arguments(files: Path) -> dict[str, Any]:

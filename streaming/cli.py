@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from streaming.engine.base import GenerationRequest
 from streaming.errors import BrookError, InvalidRequest, ModelUnavailable
-from streaming.settings import QUANTIZATIONS
+from streaming.settings import QUANTIZATIONS, device_name
 
 if TYPE_CHECKING:
     from streaming.engine.local import LocalEngine
@@ -169,4 +169,4 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print events, one JSON object a line")
     add("--tee", metavar="FILE", help="write what is printed to this file as well")
     add("--quantize", choices=QUANTIZATIONS, default="auto", help="how weights are packed (default: auto)")
-    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N (default: auto)")
+    add("--device", type=device_name, default="auto", help="auto, cpu, mps, cuda or cuda:N (default: auto)")

@@ -13,7 +13,7 @@ from streaming.engine.base import Generation
 from streaming.errors import SinkFailed
 from streaming.events import Event, FinishEvent
 from streaming.streamers.base import event_json, event_text
-from streaming.streamers.console import ConsoleWriter
+from streaming.streamers.console import ConsoleWriter, without_controls
 from streaming.streamers.files import FileWriter
 
 REFRESH_S = 0.08  # how often Markdown is rendered again
@@ -156,7 +156,7 @@ class MarkdownPrinter(_Teeing):
         self._text = text
 
     def add(self, event: Event) -> None:
-        self._text += event_text(event)
+        self._text += without_controls(event_text(event))
         self._tee("\n" if isinstance(event, FinishEvent) else event_text(event))
         is_last = isinstance(event, FinishEvent)
         if is_last or time.monotonic() - self._rendered_s > REFRESH_S:

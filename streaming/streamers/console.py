@@ -1,6 +1,7 @@
 """A streamer that prints, as `TextStreamer` does, and the writer behind it, which the command line uses as well."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -9,6 +10,7 @@ from streaming.events import Event, FinishEvent
 from streaming.streamers.base import EventStreamer, event_text
 
 _TAB = 8
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ConsoleWriter:
@@ -100,18 +102,16 @@ class _Wrapper:
         self._word_column = 0  # where it begins
 
     def wrap(self, text: str) -> str:
-        """Give what to write so that `text` appears wrapped; control characters have no place in it."""
+        """Give what to write so that `text` appears wrapped."""
         # A terminal that is written to its last column does not say on which line its cursor is.
         width = max(2, os.get_terminal_size(self._file.fileno()).columns - 1)
-        return "".join(self._place(character, width) for character in text)
+        return "".join(self._place(character, width) for character in without_controls(text))
 
     def _place(self, character: str, width: int) -> str:
         if character == "\n":
             return self._start_line()
         if character == "\t":
             character = " " * (_TAB - self._column % _TAB)
-        elif not character.isprintable() and not character.isspace() and character not in "\u200d\u200c":
-            return ""
         n_cells = self._cell_len(character)
         if self._column + n_cells > width:
             return self._break(character, n_cells)
@@ -143,6 +143,11 @@ class _Wrapper:
         self._column = 0
         self._end_word()
         return "\n"
+
+
+def without_controls(text: str) -> str:
+    """Leave out what would steer a terminal: a model has no business there."""
+    return _CONTROLS.sub("", text)
 
 
 def _is_terminal(file: TextIO) -> bool:

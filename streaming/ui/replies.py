@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -69,7 +70,11 @@ class Replies:
             async for words in self.wait_ready(turn):
                 yield Frame("waiting", words, turn.reply.for_page())
             if not turn.stopped:
-                await asyncio.to_thread(lambda: turn.begin(self._engine.submit(build_request())))
+
+                def submit() -> None:
+                    turn.begin(self._engine.submit(dataclasses.replace(build_request(), owner=turn.owner)))
+
+                await asyncio.to_thread(submit)
                 self._begin(turn)
             async with aclosing(self.follow(turn)) as frames:
                 async for frame in frames:

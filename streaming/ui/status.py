@@ -35,6 +35,8 @@ def describe_finish(run: Generation, finish: FinishEvent) -> str:
         parts.append(f"{finish.timings.tokens_per_s:.1f} tokens/s")
     if finish.timings.ttft_s is not None:
         parts.append(f"first after {finish.timings.ttft_s:.2f} s")
+    if finish.n_reused_tokens:
+        parts.append(f"reused {finish.n_reused_tokens:,} of {finish.n_prompt_tokens:,}")
     if run.n_dropped_messages:
         parts.append(f"{_count(run.n_dropped_messages, 'oldest message')} left out to fit")
     parts.append(f"seed {run.seed}")

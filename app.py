@@ -1,21 +1,25 @@
 """Brook's web entry point, also on Spaces: settings → engine → page → launch."""
 
-import socket
 import sys
 
-from streaming.errors import ModelUnavailable
+from streaming.errors import BrookError, ModelUnavailable
+from streaming.models.sources import find_model
+from streaming.server.address import require_free
 from streaming.settings import load_settings
 
 
 def main() -> int:
     """Serve a chat with a model until interrupted; give the exit code."""
     settings = load_settings()
-    if _is_taken(settings.host, settings.port):
-        return _refuse(f"{settings.host}:{settings.port} is taken or not this machine's; choose another with --port.")
+    try:  # what can be refused is refused before the seconds that the imports take
+        require_free(settings.host, settings.port)
+        find_model(settings.model, offline=settings.offline, cache_dir=settings.cache_dir).check()
+    except BrookError as error:
+        return _refuse(error)
     from streaming.engine.local import load_engine
 
     engine = load_engine(
-        settings.models[0] if settings.models else None,
+        settings.model,
         wait=False,
         device=settings.device,
         dtype=settings.dtype,
@@ -36,24 +40,14 @@ def main() -> int:
         engine.wait_ready()
         app.block_thread()
     except ModelUnavailable as error:
-        return _refuse(str(error))
+        return _refuse(error)
     finally:
         engine.close()
     return 0
 
 
-def _is_taken(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False
-
-
-def _refuse(reason: str) -> int:
-    print(reason, file=sys.stderr)
+def _refuse(error: BrookError) -> int:
+    print(error, file=sys.stderr)
     return 2
 
 

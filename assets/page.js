@@ -23,6 +23,8 @@
     if (!line) return;
     const text = words || (state === "idle" ? readiness : "");
     if (line.textContent !== text) line.textContent = text;
+    // Readers of the screen hear how it begins and ends, not every token.
+    line.setAttribute("aria-live", state === "reading" || state === "writing" ? "off" : "polite");
     line.dataset.state = words ? state : readiness ? "waiting" : "idle";
   };
 
@@ -154,8 +156,8 @@
         if (!event.isComposing) event.preventDefault();
       } else if (event.key === "Escape") {
         if (typesText(event.target) && event.target.classList.contains("editor")) return;
-        const stop = byId(byId("complete-stop") && byId("complete-stop").offsetParent ? "complete-stop" : "stop");
-        if (stop) stop.click();
+        const stops = [byId("complete-stop"), byId("stop")].filter((stop) => stop && stop.offsetParent);
+        if (stops.length) stops[0].click();
         if (!ROOMY.matches) ["sidebar", "settings"].forEach(close);
       } else if (event.key === "/" && !typesText(event.target) && !event.ctrlKey && !event.metaKey) {
         const area = document.querySelector("#composer textarea");

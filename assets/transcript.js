@@ -166,6 +166,9 @@
       const box = this.box();
       if (!box || box.brookWatched) return;
       box.brookWatched = true;
+      box.setAttribute("role", "log");
+      box.setAttribute("aria-label", "Conversation");
+      box.tabIndex = 0;
       let last = 0;
       box.addEventListener("scroll", () => {
         const below = box.scrollHeight - box.scrollTop - box.clientHeight;
@@ -235,7 +238,6 @@
 
   brook.mountLive = function (root, props, watch, trigger) {
     root.classList.add("live");
-    root.setAttribute("aria-live", "off");
     let scheduled = false;
     const paint = () => {
       scheduled = false;

@@ -171,7 +171,7 @@ def measure_brook(n_messages: int, n_tokens: int) -> Measured:
 
         def ask(text: str, n: int) -> Measured:
             # The session's state, the message, then the settings in the panel's order.
-            client.call_at_once(sent, [None, text, "", n, 0.0, 1.0, 0, 0.0, 1.0, 0, ""])
+            client.call(sent, [None, text, "", n, 0.0, 1.0, 0, 0.0, 1.0, 0, ""])
             measured = client.call(streamed, [None])
             client.call_at_once(settled, [None])
             return measured

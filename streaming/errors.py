@@ -99,3 +99,7 @@ class DeviceUnavailable(ModelUnavailable):
 
 class DefaultModelUnavailable(ModelUnavailable):
     """The default model, found in none of the places it can come from."""
+
+
+class AddressUnavailable(BrookError):
+    """A host and port on which nothing can listen, mostly because another program does."""

@@ -72,7 +72,7 @@ class EventLog:
                 self._changed.wait(timeout)
             return self._events[after:]
 
-    async def wait_async(self, after: int, timeout: float) -> list[Event]:
+    async def wait_async(self, after: int, timeout: float | None = None) -> list[Event]:
         """Wait as `wait()` does, in an event loop, without a thread."""
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
@@ -85,14 +85,14 @@ class EventLog:
         with self._changed:
             if len(self._events) > after or self.finish is not None:
                 return self._events[after:]
-            self._listeners.append(wake)
+            self._listeners = (*self._listeners, wake)
         try:
             await asyncio.wait_for(changed.wait(), timeout)
         except TimeoutError:
             pass
         finally:
             with self._changed:
-                self._listeners.remove(wake)
+                self._listeners = tuple(listener for listener in self._listeners if listener is not wake)
         return self._events[after:]
 
     def wait_finish(self, timeout: float | None = None) -> FinishEvent | None:
@@ -107,48 +107,35 @@ class EventLog:
         Raises:
             StreamTimeout: when nothing was added for `timeout` seconds.
         """
-        while True:
-            deadline = None if timeout is None else time.monotonic() + timeout
-            while not (batch := self.wait(after, _left(deadline))):
-                if self.finish is not None and len(self) <= after:
-                    return
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise StreamTimeout(f"No token came for {timeout:g} s; generation may be stuck.")
+        while not self._is_read(after):
+            deadline = _deadline(timeout)
+            while not (batch := self.wait(after, _left(deadline))) and not self._is_read(after):
+                _check(deadline, timeout)
             yield from batch
             after += len(batch)
-            if isinstance(batch[-1], FinishEvent):
-                return
 
     async def aevents(self, after: int = 0, timeout: float | None = None) -> AsyncIterator[Event]:
         """Follow the log from offset `after` as `events()` does, in an event loop, without a thread."""
-        loop = asyncio.get_running_loop()
-        changed = asyncio.Event()
+        while not self._is_read(after):
+            deadline = _deadline(timeout)
+            while not (batch := await self.wait_async(after, _left(deadline))) and not self._is_read(after):
+                _check(deadline, timeout)
+            for event in batch:
+                yield event
+            after += len(batch)
 
-        def wake() -> None:
-            # A loop that was closed has no reader left to wake.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(changed.set)
+    def _is_read(self, after: int) -> bool:
+        return self._finish is not None and len(self._events) <= after
 
-        with self._changed:
-            self._listeners = (*self._listeners, wake)
-        try:
-            while True:
-                batch = self.snapshot(after)
-                for event in batch:
-                    yield event
-                after += len(batch)
-                if (finish := self.finish) is not None and len(self) <= after:
-                    return
-                if finish is None and not batch:
-                    try:
-                        await asyncio.wait_for(changed.wait(), timeout)
-                    except TimeoutError:
-                        raise StreamTimeout(f"No token came for {timeout:g} s; generation may be stuck.") from None
-                    changed.clear()
-        finally:
-            with self._changed:
-                self._listeners = tuple(listener for listener in self._listeners if listener is not wake)
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
 
 
 def _left(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _check(deadline: float | None, timeout: float | None) -> None:
+    if deadline is not None and time.monotonic() >= deadline:
+        raise StreamTimeout(f"No token came for {timeout:g} s; generation may be stuck.")

@@ -17,7 +17,6 @@ ENGINES = ("local",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none")
 
-_REPEATED = ("models", "auth")
 _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -25,11 +24,11 @@ _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 class Settings:
     """What the app was asked to do.
 
-    `models` is empty for the default model. `auth` holds (user, password) pairs and stays out of the repr.
+    `model` is None for the default model. `auth` holds (user, password) pairs and stays out of the repr.
     `data_dir` is for what cannot be had again, such as conversations, `cache_dir` for what can.
     """
 
-    models: tuple[str, ...] = ()
+    model: str | None = None
     engine: str = "local"
     device: str = "auto"
     dtype: str = "auto"
@@ -55,9 +54,19 @@ def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[s
     options: dict[str, Any] = {"host": host, **parser.parse_with_twins(arguments, environment)}
     if "data_dir" in options:
         options["cache_dir"] = options["data_dir"] / "cache"
-    for name in _REPEATED:
-        options[name] = tuple(options.get(name, ()))
+    options["auth"] = tuple(options.get("auth", ()))
     return Settings(**options)
+
+
+class _Once(argparse.Action):
+    """Keep a flag's value, and refuse a second one, which argparse would take silently."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"argument {option_string}: one model at a time")
+        setattr(namespace, self.dest, values)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,8 +83,8 @@ class _Parser(argparse.ArgumentParser):
         )
         self._twin = ""
         self._flags = [
-            self.add_argument("--model", metavar="ID_OR_PATH", dest="models", action="append", type=_text,
-                help="hub id, folder or .gguf file; can be repeated (default: SmolLM2-135M-Instruct)"),
+            self.add_argument("--model", metavar="ID_OR_PATH", action=_Once, type=_text,
+                help="hub id, folder or .gguf file (default: SmolLM2-135M-Instruct)"),
             self.add_argument("--engine", choices=ENGINES, help="what runs the model (default: local)"),
             self.add_argument("--device", type=device_name,
                 help="auto, cpu, mps, cuda or cuda:N (default: auto, the fastest there is)"),
@@ -112,7 +121,7 @@ class _Parser(argparse.ArgumentParser):
             if value.lower() not in _SWITCHES:
                 self.error(f"{name}: must be 1 or 0, not {value!r}")
             return [name] if _SWITCHES[value.lower()] else []
-        return [f"{name}={part.strip()}" for part in (value.split(",") if flag.dest in _REPEATED else [value])]
+        return [f"{name}={part.strip()}" for part in (value.split(",") if flag.dest == "auth" else [value])]
 
     def error(self, message: str) -> NoReturn:
         name, separator, rest = message.removeprefix("argument ").partition(": ")

@@ -65,7 +65,7 @@ class SmolGguf:
         """Read what the file says about itself; None if it is of another kind. Raises ValueError if it is no GGUF."""
         metadata, tensor_names = read_gguf_metadata(str(path), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
         keys = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
-        if tuple(map(metadata.get, keys)) != ("llama", "gpt2", "smollm"):
+        if tuple(map(metadata.get, keys)) != ("llama", "gpt2", "smollm") or not all(map(_rename, tensor_names)):
             return None
         return cls(path, metadata, is_tied="output.weight" not in tensor_names)
 
@@ -79,7 +79,7 @@ class SmolGguf:
             num_hidden_layers=llama["block_count"],
             num_attention_heads=llama["attention.head_count"],
             num_key_value_heads=llama["attention.head_count_kv"],
-            head_dim=llama["rope.dimension_count"],
+            head_dim=llama["embedding_length"] // llama["attention.head_count"],
             max_position_embeddings=llama["context_length"],
             rms_norm_eps=llama["attention.layer_norm_rms_epsilon"],
             rope_parameters={"rope_type": "default", "rope_theta": llama["rope.freq_base"]},
@@ -114,7 +114,7 @@ class SmolGguf:
             bos_token=tokens[ids["bos_token_id"]],
             eos_token=tokens[ids["eos_token_id"]],
             pad_token=tokens[ids["pad_token_id"]],
-            unk_token=tokens[self._metadata["tokenizer.ggml.unknown_token_id"]],
+            unk_token=tokens[self._metadata.get("tokenizer.ggml.unknown_token_id", 0)],
             model_max_length=self._metadata["llama.context_length"],
             clean_up_tokenization_spaces=False,
         )
@@ -136,7 +136,8 @@ class SmolGguf:
 
     def _special_ids(self) -> dict[str, Any]:
         ids = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-        return {name: self._metadata[f"tokenizer.ggml.{key}"] for name, key in ids.items()}
+        eos = self._metadata["tokenizer.ggml.eos_token_id"]
+        return {name: self._metadata.get(f"tokenizer.ggml.{key}", eos) for name, key in ids.items()}
 
     def _read_blocks(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """Read the weights packed, `(rows, bytes a row)`, with each one's ggml type."""
@@ -147,12 +148,19 @@ class SmolGguf:
         }
         blocks, ggml_types = {}, {}
         for gguf_name, lazy in load_gguf_state_dict(header).items():
-            layer, stem, suffix = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", gguf_name).groups()  # type: ignore[union-attr]
-            name = f"{_NAMES[stem]}.{suffix}"
-            tensor = _restore_rotary_rows(lazy[:], n_heads[name]) if name in n_heads else lazy[:]
-            name = f"model.layers.{layer}.{name}" if layer else name
-            blocks[name], ggml_types[name] = tensor, header.ggml_types[gguf_name]
+            name = _rename(gguf_name)
+            heads = [n for suffix, n in n_heads.items() if name.endswith(suffix)]
+            blocks[name] = _restore_rotary_rows(lazy[:], heads[0]) if heads else lazy[:]
+            ggml_types[name] = header.ggml_types[gguf_name]
         return blocks, ggml_types
+
+
+def _rename(gguf_name: str) -> str:
+    """Turn a tensor's name into transformers'; "" for one that is not known."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", gguf_name)
+    if match is None or match[2] not in _NAMES:
+        return ""
+    return f"{f'model.layers.{match[1]}.' if match[1] else ''}{_NAMES[match[2]]}.weight"
 
 
 def read_weights(

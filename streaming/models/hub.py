@@ -24,7 +24,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from streaming.errors import HubUnreachable, ModelDamaged, ModelGated, ModelNotFound
 from streaming.models.progress import LoadProgress, ProgressCallback
 
-_ANSWER_TIMEOUT_S = 1.8
+_ANSWER_TIMEOUT_S = 1.5
 
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")

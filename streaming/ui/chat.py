@@ -213,7 +213,7 @@ def _ask(
     if reply is None:
         reply = Message("assistant", "")
         conversation.messages.append(reply)
-    conversation.turn = Turn(reply)
+    conversation.turn = Turn(reply, session.owner)
     session.asked.append(Asked(conversation, conversation.turn, ChatSettings(*values), before, text))
     return _show(session, composer="" if text else SKIP)
 

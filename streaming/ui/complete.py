@@ -83,7 +83,7 @@ class CompletePart:
             state.stop()
 
         inputs = [self.state, self.text, self.n_tokens, *panel.inputs]
-        begun = self.go.click(ask, inputs, [self.go, self.stop], validator=check, queue=False, **hidden)
+        begun = self.go.click(ask, inputs, [self.go, self.stop], validator=check, concurrency_limit=None, **hidden)
         streamed = begun.success(stream, self.state, [self.text, self.status], concurrency_limit=None, **hidden)
         streamed.then(settle, None, [self.go, self.stop], queue=False, **hidden)
         self.stop.click(stop, self.state, None, queue=False, **hidden)

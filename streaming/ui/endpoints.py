@@ -16,7 +16,7 @@ def add_endpoints(engine: Engine) -> None:
     """Add them to the app that is being built. They take DESIGN's arguments; every other event of the page is private.
 
     The stream is text alone, so that a client's last value is the reply. The seed that was used comes beside it, as
-    the job's log (`job.status().log`): `("seed 123", "info")`.
+    a log: one of the updates in `async for update in job` has `update.log == ("seed 123", "info")`.
     """
     replies = Replies(engine)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -69,27 +70,25 @@ class Replies:
             async for words in self.wait_ready(turn):
                 yield Frame("waiting", words, turn.reply.for_page())
             if not turn.stopped:
-                request = await asyncio.to_thread(build_request)
-                turn.run = await asyncio.to_thread(self._engine.submit, request)
-                self._begin(turn, turn.run)
-            if turn.run is None:
-                yield Frame("done", "Stopped before it began", turn.reply.for_page())
-                return
-            if turn.stopped:
-                turn.run.cancel()
+
+                def submit() -> None:
+                    turn.begin(self._engine.submit(dataclasses.replace(build_request(), owner=turn.owner)))
+
+                await asyncio.to_thread(submit)
+                self._begin(turn)
             async with aclosing(self.follow(turn)) as frames:
                 async for frame in frames:
                     yield frame
         finally:
-            turn.stopped = True
+            turn.stop()
             if turn.run is not None:
-                turn.run.cancel()
                 self._settle(turn, turn.run)
 
     async def follow(self, turn: Turn) -> AsyncGenerator[Frame, None]:
         """Read a turn's log from its beginning to its end; any number of readers may."""
         while turn.run is None:
             if turn.stopped:
+                yield Frame("done", "Stopped before it began", turn.reply.for_page())
                 return
             yield Frame("waiting", describe_loading(self._engine.status()), turn.reply.for_page())
             await asyncio.sleep(READY_POLL_S)
@@ -117,11 +116,13 @@ class Replies:
             messages.insert(0, {"role": "system", "content": settings.system_prompt})
         return GenerationRequest(messages=messages, prefix_ids=prefix_ids, **settings.for_request())
 
-    def _begin(self, turn: Turn, run: Generation) -> None:
-        reply, n_prefix = turn.reply, len(run.request.prefix_ids)
-        opened_ids = run.prompt_ids[: len(run.prompt_ids) - n_prefix]
-        reply.in_reasoning = begins_in_reasoning(self._engine.tokenizer, opened_ids, self.tags)
+    def _begin(self, turn: Turn) -> None:
+        reply = turn.reply
         reply.error, reply.can_continue = None, False
+        if turn.run is not None:
+            n_opened = len(turn.run.prompt_ids) - len(turn.run.request.prefix_ids)
+            opened_ids = turn.run.prompt_ids[:n_opened]
+            reply.in_reasoning = begins_in_reasoning(self._engine.tokenizer, opened_ids, self.tags)
 
     def _settle(self, turn: Turn, run: Generation) -> None:
         """Write what the log holds into the message. Safe to do again."""

@@ -1,7 +1,9 @@
 """What one tab holds: its conversations, their messages, and the reply being written. No Gradio here."""
 
 import itertools
+import secrets
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from streaming.engine.base import Generation
@@ -12,6 +14,11 @@ _numbers = itertools.count(1)
 
 def _new_id() -> str:
     return f"{next(_numbers):x}"
+
+
+def new_owner() -> str:
+    """Give a name that nobody else has, under which an engine keeps what it read for later requests."""
+    return secrets.token_urlsafe(16)
 
 
 @dataclass(eq=False)
@@ -51,12 +58,19 @@ class Turn:
     """A reply on its way: asked for, perhaps not yet submitted, perhaps being written."""
 
     reply: Message
+    owner: str = field(default_factory=new_owner)
     run: Generation | None = None
     stopped: bool = False
     begins_with: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.begins_with = self.reply.content
+
+    def begin(self, run: Generation) -> None:
+        """Take the run that writes the reply; may be called from any thread, and after `stop()`."""
+        self.run = run
+        if self.stopped:
+            run.cancel()
 
     def stop(self) -> None:
         """End the reply here; also before it was submitted."""
@@ -105,6 +119,11 @@ class Session:
         self.conversations = [Conversation()]
         self.active = self.conversations[0]
         self.view = 0
+
+    @cached_property
+    def owner(self) -> str:
+        """The tab's own name. Made at first use: Gradio copies one session for every tab."""
+        return new_owner()
 
     def open_new(self) -> Conversation:
         """Begin a conversation, or go to the one that is still empty."""

@@ -13,7 +13,7 @@ _ENDINGS = {
 
 def describe_loading(status: EngineStatus) -> str:
     """Say how far the model is: `Loading the model · 42 %`."""
-    return " · ".join(part for part in ("Loading the model", status.detail) if part)
+    return status.detail or "Loading the model"
 
 
 def describe_progress(progress: Progress, n_tokens: int, writing_s: float) -> str:
@@ -35,6 +35,8 @@ def describe_finish(run: Generation, finish: FinishEvent) -> str:
         parts.append(f"{finish.timings.tokens_per_s:.1f} tokens/s")
     if finish.timings.ttft_s is not None:
         parts.append(f"first after {finish.timings.ttft_s:.2f} s")
+    if finish.n_reused_tokens:
+        parts.append(f"reused {finish.n_reused_tokens:,} of {finish.n_prompt_tokens:,}")
     if run.n_dropped_messages:
         parts.append(f"{_count(run.n_dropped_messages, 'oldest message')} left out to fit")
     parts.append(f"seed {run.seed}")

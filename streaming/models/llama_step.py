@@ -19,7 +19,7 @@ from streaming.models.int4 import PackedLinear
 from streaming.models.kernels import ROUNDED_BYTES
 from streaming.models.kv_cache import BLOCK_TOKENS, GrowingLayer, make_growing
 from streaming.models.packing import GROUP_COLUMNS, TILE_ROWS
-from streaming.models.step_kernel import LAYER, SETTINGS, decode_step
+from streaming.models.step_kernel import LAYER, PHASES_A_LAYER, SETTINGS, decode_step
 
 _KNOWN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -68,6 +68,9 @@ class LlamaStep:
             rounded_stride=self._rounded_bytes,
         )
         self._set(**dict(zip(("x", "queries", "attended", "gated"), map(torch.Tensor.data_ptr, self._vectors), strict=True)))
+        n_phases = PHASES_A_LAYER * config.num_hidden_layers + 1
+        self._phases = torch.zeros(n_phases * parallel.PHASE_BYTES, dtype=torch.uint8)
+        self._set(phases=self._phases.data_ptr())
         self._capacity = 0
         self._cache: Cache | None = None
         self._n_threads = 0
@@ -100,6 +103,7 @@ class LlamaStep:
         row = position * self._cos.shape[-1] * 4
         self._set(position=position, cos=self._cos.data_ptr() + row, sin=self._sin.data_ptr() + row)
         self._set(logits=logits.data_ptr())
+        self._phases.zero_()
         parallel.run(decode_step, self._settings.ctypes.data, n_threads)
         for layer in layers:
             layer.length = position + 1

@@ -291,3 +291,25 @@ def store_words(_context: Any, _address: Any, _vector: Any) -> Any:
 def pointer(_context: Any, _address: Any) -> Any:
     """Return an address as a pointer that `numba.carray` takes."""
     return _operation(types.voidptr(types.int64), lambda b, at: b.inttoptr(at, ir.IntType(8).as_pointer()))
+
+
+@intrinsic
+def atomic_add(_context: Any, _address: Any, _value: Any) -> Any:
+    """Add to an int32 that threads share and return what it was before; a full memory barrier."""
+
+    def emit(builder: Any, address: Any, value: Any) -> Any:
+        at = builder.inttoptr(address, _INT.as_pointer())
+        return builder.sext(builder.atomic_rmw("add", at, builder.trunc(value, _INT), "seq_cst"), ir.IntType(64))
+
+    return _operation(types.int64(types.int64, types.int64), emit)
+
+
+@intrinsic
+def atomic_load(_context: Any, _address: Any) -> Any:
+    """Read an int32 that threads share; what its writer wrote before is visible afterwards."""
+
+    def emit(builder: Any, address: Any) -> Any:
+        value = builder.load_atomic(builder.inttoptr(address, _INT.as_pointer()), "acquire", align=4)
+        return builder.sext(value, ir.IntType(64))
+
+    return _operation(types.int64(types.int64), emit)

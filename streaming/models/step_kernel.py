@@ -1,8 +1,7 @@
 """One token through a whole Llama-like decoder in one compiled call.
 
 Between small operators PyTorch spends longer than in them: a 30-layer model makes some 600 calls a token. Here each
-thread of a team runs the whole step on its share of heads and rows, and waits for the others at five barriers a
-layer. All numbers are float32; linear weights are packed (streaming.models.packing).
+thread of a team runs the whole step, taking heads and rows as they come, in five phases a layer. All numbers are float32; linear weights are packed (streaming.models.packing).
 """
 
 import math
@@ -11,9 +10,9 @@ import numpy as np
 from numba import carray
 
 from streaming.models import simd
-from streaming.models.kernels import ROUNDED_BYTES, TILE_BYTES, apart, first, inline, kernel, round_activations, tile_dot
+from streaming.models.kernels import ROUNDED_BYTES, TILE_BYTES, apart, inline, kernel, round_activations, tile_dot
 from streaming.models.packing import GROUP_COLUMNS, TILE_ROWS
-from streaming.models.parallel import barrier, thread_number
+from streaming.models.parallel import PHASE_BYTES, finish_unit, take_unit, thread_number, wait_for_phase
 
 
 def _record(fields: str) -> np.dtype:
@@ -28,16 +27,15 @@ LAYER = _record(
 )
 STEP = _record(
     "n_threads n_layers layers hidden heads kv_heads head_dim intermediate position capacity cos sin final_norm head"
-    " head_b head_tiles logits x queries attended gated rounded rounded_stride scores scores_stride"
+    " head_b head_tiles logits x queries attended gated rounded rounded_stride scores scores_stride phases"
 )
 SETTINGS = np.dtype([("step", STEP), ("norm_eps", np.float32), ("attention_scale", np.float32)])
 
 _FLOAT = 4
 
-
-@inline
-def _start(count, thread, step):  # type: ignore[no-untyped-def]
-    return first(count, thread, step.n_threads)
+# Tiles in a unit of work, so that a unit takes a few microseconds.
+_OUT_TILES, _GATE_TILES, _DOWN_TILES, _HEAD_TILES = 4, 4, 2, 32
+PHASES_A_LAYER = 5
 
 
 @inline
@@ -116,55 +114,121 @@ def _attend(query, keys, values, length, scores, out, head_dim):  # type: ignore
 
 
 @inline
-def _project_heads(step, layer, thread, rounded, norm_eps, scale):  # type: ignore[no-untyped-def]
-    """Queries, keys and values of the new position; keys and values go straight into the cache."""
+def _norm_and_round(x, weight, step, norm_eps, rounded):  # type: ignore[no-untyped-def]
+    """Normalize the residual stream and round it to `rounded`, behind which there is room for the float values."""
+    groups = step.hidden // GROUP_COLUMNS
+    normed = rounded + groups * ROUNDED_BYTES
+    _scale_by(x, weight, _norm_factor(x, step.hidden, norm_eps), normed, step.hidden)
+    round_activations(normed, rounded, groups)
+
+
+@inline
+def _project_unit(step, layer, unit, rounded, norm_eps, scale):  # type: ignore[no-untyped-def]
+    """One head's query, key or value at the new position; keys and values go straight into the cache."""
     heads, kv_heads, dim = step.heads, step.kv_heads, step.head_dim
-    units = heads + 2 * kv_heads
-    for unit in range(_start(units, thread, step), _start(units, thread + 1, step)):
-        if unit < heads:
-            out = step.queries + unit * dim * _FLOAT
-            _project_head(layer.q, layer.q_b, layer.q_bias, unit, rounded, out, step)
-            norm = layer.q_norm
-        elif unit < heads + kv_heads:
-            head = unit - heads
-            out = layer.keys + (head * step.capacity + step.position) * dim * _FLOAT
-            _project_head(layer.k, layer.k_b, layer.k_bias, head, rounded, out, step)
-            norm = layer.k_norm
-        else:
-            head = unit - heads - kv_heads
-            out = layer.values + (head * step.capacity + step.position) * dim * _FLOAT
-            _project_head(layer.v, layer.v_b, layer.v_bias, head, rounded, out, step)
-            continue
-        if norm:
-            _scale_by(out, norm, _norm_factor(out, dim, norm_eps), out, dim)
-        _rotate(out, step.cos, step.sin, dim)
-        if unit < heads:
-            for at in range(out, out + dim * _FLOAT, TILE_BYTES):
-                simd.store(at, simd.multiply(simd.load(at), simd.splat(scale)))
+    if unit >= heads + kv_heads:
+        head = unit - heads - kv_heads
+        out = layer.values + (head * step.capacity + step.position) * dim * _FLOAT
+        _project_head(layer.v, layer.v_b, layer.v_bias, head, rounded, out, step)
+        return
+    if unit >= heads:
+        head = unit - heads
+        out, norm = layer.keys + (head * step.capacity + step.position) * dim * _FLOAT, layer.k_norm
+        _project_head(layer.k, layer.k_b, layer.k_bias, head, rounded, out, step)
+    else:
+        out, norm = step.queries + unit * dim * _FLOAT, layer.q_norm
+        _project_head(layer.q, layer.q_b, layer.q_bias, unit, rounded, out, step)
+    if norm:
+        _scale_by(out, norm, _norm_factor(out, dim, norm_eps), out, dim)
+    _rotate(out, step.cos, step.sin, dim)
+    if unit < heads:
+        for at in range(out, out + dim * _FLOAT, TILE_BYTES):
+            simd.store(at, simd.multiply(simd.load(at), simd.splat(scale)))
 
 
 @inline
-def _add_rows(weight, block_bytes, bias, columns, rounded, x, step, thread):  # type: ignore[no-untyped-def]
-    """Add this thread's rows of weight @ activations (+ bias) to the residual stream at `x`."""
-    tiles = step.hidden // TILE_ROWS
-    for tile in range(_start(tiles, thread, step), _start(tiles, thread + 1, step)):
-        at = x + tile * TILE_BYTES
-        dot = tile_dot(weight, block_bytes, tile, rounded, columns // GROUP_COLUMNS)
-        if bias:
-            dot = simd.add(dot, simd.load(bias + tile * TILE_BYTES))
-        simd.store(at, simd.add(simd.load(at), dot))
+def _project(step, layer, phase, rounded, norm_eps, scale):  # type: ignore[no-untyped-def]
+    """Queries, keys and values of the normalized residual stream, a head a unit."""
+    n_units = step.heads + 2 * step.kv_heads
+    unit = take_unit(phase)
+    if unit < n_units:
+        _norm_and_round(step.x, layer.input_norm, step, norm_eps, rounded)
+    while unit < n_units:
+        _project_unit(step, layer, unit, rounded, norm_eps, scale)
+        finish_unit(phase, n_units)
+        unit = take_unit(phase)
+    wait_for_phase(phase, n_units)
 
 
 @inline
-def _gate_rows(layer, rounded, gated, step, thread):  # type: ignore[no-untyped-def]
-    """Write this thread's rows of silu(gate @ x) * (up @ x)."""
+def _attend_all(step, layer, phase, scores):  # type: ignore[no-untyped-def]
+    """Attention of every query head over the positions so far, a head a unit."""
+    dim = step.head_dim
+    head = take_unit(phase)
+    while head < step.heads:
+        cached = head * step.kv_heads // step.heads * step.capacity * dim * _FLOAT
+        at = head * dim * _FLOAT
+        keys, values = layer.keys + cached, layer.values + cached
+        _attend(step.queries + at, keys, values, step.position + 1, scores, step.attended + at, dim)
+        finish_unit(phase, step.heads)
+        head = take_unit(phase)
+    wait_for_phase(phase, step.heads)
+
+
+@inline
+def _add_product(step, weight, block_bytes, bias, x, columns, unit_tiles, phase, rounded):  # type: ignore[no-untyped-def]
+    """Add weight @ x (+ bias) to the residual stream, `unit_tiles` tiles a unit."""
+    tiles, groups = step.hidden // TILE_ROWS, columns // GROUP_COLUMNS
+    n_units = -(-tiles // unit_tiles)
+    unit = take_unit(phase)
+    if unit < n_units:
+        round_activations(x, rounded, groups)
+    while unit < n_units:
+        for tile in range(unit * unit_tiles, min(tiles, (unit + 1) * unit_tiles)):
+            dot = tile_dot(weight, block_bytes, tile, rounded, groups)
+            if bias:
+                dot = simd.add(dot, simd.load(bias + tile * TILE_BYTES))
+            at = step.x + tile * TILE_BYTES
+            simd.store(at, simd.add(simd.load(at), dot))
+        finish_unit(phase, n_units)
+        unit = take_unit(phase)
+    wait_for_phase(phase, n_units)
+
+
+@inline
+def _gate(step, layer, phase, rounded, norm_eps):  # type: ignore[no-untyped-def]
+    """silu(gate @ x) * (up @ x) of the normalized residual stream."""
     tiles, groups = step.intermediate // TILE_ROWS, step.hidden // GROUP_COLUMNS
-    for tile in range(_start(tiles, thread, step), _start(tiles, thread + 1, step)):
-        gate = tile_dot(layer.gate, layer.gate_b, tile, rounded, groups)
-        up = tile_dot(layer.up, layer.up_b, tile, rounded, groups)
-        one = simd.splat(np.float32(1))
-        inverse = simd.add(one, simd.exp(simd.multiply(gate, simd.splat(np.float32(-1)))))
-        simd.store(gated + tile * TILE_BYTES, simd.multiply(simd.divide(gate, inverse), up))
+    n_units = -(-tiles // _GATE_TILES)
+    unit = take_unit(phase)
+    if unit < n_units:
+        _norm_and_round(step.x, layer.post_norm, step, norm_eps, rounded)
+    while unit < n_units:
+        for tile in range(unit * _GATE_TILES, min(tiles, (unit + 1) * _GATE_TILES)):
+            gate = tile_dot(layer.gate, layer.gate_b, tile, rounded, groups)
+            up = tile_dot(layer.up, layer.up_b, tile, rounded, groups)
+            one = simd.splat(np.float32(1))
+            inverse = simd.add(one, simd.exp(simd.multiply(gate, simd.splat(np.float32(-1)))))
+            simd.store(step.gated + tile * TILE_BYTES, simd.multiply(simd.divide(gate, inverse), up))
+        finish_unit(phase, n_units)
+        unit = take_unit(phase)
+    wait_for_phase(phase, n_units)
+
+
+@inline
+def _predict(step, phase, rounded, norm_eps):  # type: ignore[no-untyped-def]
+    """The logits: the output head over the normalized residual stream."""
+    n_units = -(-step.head_tiles // _HEAD_TILES)
+    unit = take_unit(phase)
+    if unit < n_units:
+        _norm_and_round(step.x, step.final_norm, step, norm_eps, rounded)
+    while unit < n_units:
+        for tile in range(unit * _HEAD_TILES, min(step.head_tiles, (unit + 1) * _HEAD_TILES)):
+            dot = tile_dot(step.head, step.head_b, tile, rounded, step.hidden // GROUP_COLUMNS)
+            simd.store(step.logits + tile * TILE_BYTES, dot)
+        finish_unit(phase, n_units)
+        unit = take_unit(phase)
+    wait_for_phase(phase, n_units)
 
 
 @kernel
@@ -173,35 +237,23 @@ def decode_step(address):  # type: ignore[no-untyped-def]
     settings = carray(address, 1, SETTINGS)[0]
     step, norm_eps, scale = settings.step, settings.norm_eps, settings.attention_scale
     layers = carray(simd.pointer(step.layers), step.n_layers, LAYER)
-    thread, hidden, dim = thread_number(), step.hidden, step.head_dim
-    # Each thread rounds all activations for itself, which is cheaper than a barrier.
+    thread = thread_number()
+    # Each thread rounds all activations for itself, which is cheaper than another phase.
     rounded = step.rounded + thread * step.rounded_stride
-    normed = rounded + max(step.intermediate, step.heads * dim, hidden) // GROUP_COLUMNS * ROUNDED_BYTES
     scores = step.scores + thread * step.scores_stride
+    attended_columns, phase = step.heads * step.head_dim, step.phases
     for index in range(step.n_layers):
         layer = layers[index]
-        _scale_by(step.x, layer.input_norm, _norm_factor(step.x, hidden, norm_eps), normed, hidden)
-        round_activations(normed, rounded, hidden // GROUP_COLUMNS)
-        _project_heads(step, layer, thread, rounded, norm_eps, scale)
-        barrier()
-        for head in range(_start(step.heads, thread, step), _start(step.heads, thread + 1, step)):
-            cached = head * step.kv_heads // step.heads * step.capacity * dim * _FLOAT
-            at = head * dim * _FLOAT
-            keys, values = layer.keys + cached, layer.values + cached
-            _attend(step.queries + at, keys, values, step.position + 1, scores, step.attended + at, dim)
-        barrier()
-        round_activations(step.attended, rounded, step.heads * dim // GROUP_COLUMNS)
-        _add_rows(layer.o, layer.o_b, layer.o_bias, step.heads * dim, rounded, step.x, step, thread)
-        barrier()
-        _scale_by(step.x, layer.post_norm, _norm_factor(step.x, hidden, norm_eps), normed, hidden)
-        round_activations(normed, rounded, hidden // GROUP_COLUMNS)
-        _gate_rows(layer, rounded, step.gated, step, thread)
-        barrier()
-        round_activations(step.gated, rounded, step.intermediate // GROUP_COLUMNS)
-        _add_rows(layer.down, layer.down_b, 0, step.intermediate, rounded, step.x, step, thread)
-        barrier()
-    _scale_by(step.x, step.final_norm, _norm_factor(step.x, hidden, norm_eps), normed, hidden)
-    round_activations(normed, rounded, hidden // GROUP_COLUMNS)
-    for tile in range(_start(step.head_tiles, thread, step), _start(step.head_tiles, thread + 1, step)):
-        dot = tile_dot(step.head, step.head_b, tile, rounded, hidden // GROUP_COLUMNS)
-        simd.store(step.logits + tile * TILE_BYTES, dot)
+        _project(step, layer, phase, rounded, norm_eps, scale)
+        phase += PHASE_BYTES
+        _attend_all(step, layer, phase, scores)
+        phase += PHASE_BYTES
+        _add_product(
+            step, layer.o, layer.o_b, layer.o_bias, step.attended, attended_columns, _OUT_TILES, phase, rounded
+        )
+        phase += PHASE_BYTES
+        _gate(step, layer, phase, rounded, norm_eps)
+        phase += PHASE_BYTES
+        _add_product(step, layer.down, layer.down_b, 0, step.gated, step.intermediate, _DOWN_TILES, phase, rounded)
+        phase += PHASE_BYTES
+    _predict(step, phase, rounded, norm_eps)

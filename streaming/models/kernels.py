@@ -15,7 +15,7 @@ from numba.core.errors import NumbaError
 
 from streaming.models import parallel, simd
 from streaming.models.packing import BLOCK_BYTES, GROUP_COLUMNS, TILE_ROWS
-from streaming.models.parallel import thread_number
+from streaming.models.parallel import first, thread_number
 
 _Q4 = BLOCK_BYTES[4]
 _FLOAT = 4
@@ -31,6 +31,8 @@ _SCALE, _SUM, _CORRECTION = 64, 68, 72
 _UNPACK_BYTES = 1 << 20
 
 # Small functions go into their callers; large ones stay apart, which compiles three times as fast.
+_PREFETCH_BYTES = 2048
+
 inline = njit(inline="always", error_model="numpy")
 apart = njit(error_model="numpy", no_cpython_wrapper=True)
 
@@ -42,12 +44,6 @@ def kernel(function: Any) -> Any:
         return cfunc(signature, cache=True, error_model="numpy")(function)
     except (NumbaError, RuntimeError, OSError):
         return cfunc(signature, error_model="numpy")(function)
-
-
-@inline
-def first(count, thread, n_threads):  # type: ignore[no-untyped-def]
-    """Return where a thread's share of `count` units begins; the next thread's begin is its end."""
-    return count * thread // n_threads
 
 
 @apart
@@ -92,6 +88,8 @@ def tile_dot(weight, block_bytes, tile, x, groups):  # type: ignore[no-untyped-d
     if block_bytes == _Q4:
         for _ in range(groups):
             even, odd = simd.int_zero(), simd.int_zero()
+            for j in range(5):
+                simd.prefetch(block + _PREFETCH_BYTES + 64 * j)
             for j in range(4):
                 even, odd = _pairs_4(simd.int_load(block + 64 + 64 * j), x + 16 * j, even, odd)
             scale = simd.multiply(simd.load_halves(block), simd.load_splat(x + _SCALE))
@@ -102,6 +100,8 @@ def tile_dot(weight, block_bytes, tile, x, groups):  # type: ignore[no-untyped-d
     else:
         for _ in range(groups):
             even, odd = simd.int_load_splat(x + _CORRECTION), simd.int_zero()
+            for j in range(9):
+                simd.prefetch(block + _PREFETCH_BYTES + 64 * j)
             for j in range(8):
                 even, odd = _pairs_8(simd.int_load(block + 32 + 64 * j), x + 8 * j, even, odd)
             scale = simd.multiply(simd.load_halves(block), simd.load_splat(x + _SCALE))

@@ -68,9 +68,6 @@ class LlamaStep:
             rounded_stride=self._rounded_bytes,
         )
         self._set(**dict(zip(("x", "queries", "attended", "gated"), map(torch.Tensor.data_ptr, self._vectors), strict=True)))
-        n_phases = PHASES_A_LAYER * config.num_hidden_layers + 1
-        self._phases = torch.zeros(n_phases * parallel.PHASE_BYTES, dtype=torch.uint8)
-        self._set(phases=self._phases.data_ptr())
         self._capacity = 0
         self._cache: Cache | None = None
         self._n_threads = 0
@@ -121,8 +118,12 @@ class LlamaStep:
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self._rounded = torch.empty(n_threads, self._rounded_bytes, dtype=torch.uint8)
         self._scores = torch.empty(n_threads, self._capacity + BLOCK_TOKENS)
+        phase_bytes, n_phases = parallel.phase_bytes(n_threads), PHASES_A_LAYER * len(layers) + 1
+        self._phases = torch.empty(n_phases * phase_bytes, dtype=torch.uint8)
         self._set(
             n_threads=n_threads,
+            phases=self._phases.data_ptr(),
+            phase_bytes=phase_bytes,
             capacity=self._capacity,
             rounded=self._rounded.data_ptr(),
             scores=self._scores.data_ptr(),

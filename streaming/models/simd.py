@@ -313,3 +313,15 @@ def atomic_load(_context: Any, _address: Any) -> Any:
         return builder.sext(value, ir.IntType(64))
 
     return _operation(types.int64(types.int64), emit)
+
+
+@intrinsic
+def prefetch(_context: Any, _address: Any) -> Any:
+    """Ask for a cache line that is read once, soon."""
+
+    def emit(builder: Any, address: Any) -> None:
+        pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+        read, no_reuse, data = (ir.Constant(_INT, value) for value in (0, 3, 1))
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, no_reuse, data)
+
+    return _operation(types.void(types.int64), emit)

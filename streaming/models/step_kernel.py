@@ -12,7 +12,7 @@ from numba import carray
 from streaming.models import simd
 from streaming.models.kernels import ROUNDED_BYTES, TILE_BYTES, apart, inline, kernel, round_activations, tile_dot
 from streaming.models.packing import GROUP_COLUMNS, TILE_ROWS
-from streaming.models.parallel import PHASE_BYTES, finish_unit, take_unit, thread_number, wait_for_phase
+from streaming.models.parallel import finish_unit, take_unit, thread_number, wait_for_phase
 
 
 def _record(fields: str) -> np.dtype:
@@ -27,7 +27,7 @@ LAYER = _record(
 )
 STEP = _record(
     "n_threads n_layers layers hidden heads kv_heads head_dim intermediate position capacity cos sin final_norm head"
-    " head_b head_tiles logits x queries attended gated rounded rounded_stride scores scores_stride phases"
+    " head_b head_tiles logits x queries attended gated rounded rounded_stride scores scores_stride phases phase_bytes"
 )
 SETTINGS = np.dtype([("step", STEP), ("norm_eps", np.float32), ("attention_scale", np.float32)])
 
@@ -147,43 +147,43 @@ def _project_unit(step, layer, unit, rounded, norm_eps, scale):  # type: ignore[
 
 
 @inline
-def _project(step, layer, phase, rounded, norm_eps, scale):  # type: ignore[no-untyped-def]
+def _project(step, layer, phase, thread, rounded, norm_eps, scale):  # type: ignore[no-untyped-def]
     """Queries, keys and values of the normalized residual stream, a head a unit."""
     n_units = step.heads + 2 * step.kv_heads
-    unit = take_unit(phase)
-    if unit < n_units:
+    unit = take_unit(phase, n_units, thread, step.n_threads)
+    if unit >= 0:
         _norm_and_round(step.x, layer.input_norm, step, norm_eps, rounded)
-    while unit < n_units:
+    while unit >= 0:
         _project_unit(step, layer, unit, rounded, norm_eps, scale)
         finish_unit(phase, n_units)
-        unit = take_unit(phase)
+        unit = take_unit(phase, n_units, thread, step.n_threads)
     wait_for_phase(phase, n_units)
 
 
 @inline
-def _attend_all(step, layer, phase, scores):  # type: ignore[no-untyped-def]
+def _attend_all(step, layer, phase, thread, scores):  # type: ignore[no-untyped-def]
     """Attention of every query head over the positions so far, a head a unit."""
     dim = step.head_dim
-    head = take_unit(phase)
-    while head < step.heads:
+    head = take_unit(phase, step.heads, thread, step.n_threads)
+    while head >= 0:
         cached = head * step.kv_heads // step.heads * step.capacity * dim * _FLOAT
         at = head * dim * _FLOAT
         keys, values = layer.keys + cached, layer.values + cached
         _attend(step.queries + at, keys, values, step.position + 1, scores, step.attended + at, dim)
         finish_unit(phase, step.heads)
-        head = take_unit(phase)
+        head = take_unit(phase, step.heads, thread, step.n_threads)
     wait_for_phase(phase, step.heads)
 
 
 @inline
-def _add_product(step, weight, block_bytes, bias, x, columns, unit_tiles, phase, rounded):  # type: ignore[no-untyped-def]
+def _add_product(step, weight, block_bytes, bias, x, columns, unit_tiles, phase, thread, rounded):  # type: ignore[no-untyped-def]
     """Add weight @ x (+ bias) to the residual stream, `unit_tiles` tiles a unit."""
     tiles, groups = step.hidden // TILE_ROWS, columns // GROUP_COLUMNS
     n_units = -(-tiles // unit_tiles)
-    unit = take_unit(phase)
-    if unit < n_units:
+    unit = take_unit(phase, n_units, thread, step.n_threads)
+    if unit >= 0:
         round_activations(x, rounded, groups)
-    while unit < n_units:
+    while unit >= 0:
         for tile in range(unit * unit_tiles, min(tiles, (unit + 1) * unit_tiles)):
             dot = tile_dot(weight, block_bytes, tile, rounded, groups)
             if bias:
@@ -191,19 +191,19 @@ def _add_product(step, weight, block_bytes, bias, x, columns, unit_tiles, phase,
             at = step.x + tile * TILE_BYTES
             simd.store(at, simd.add(simd.load(at), dot))
         finish_unit(phase, n_units)
-        unit = take_unit(phase)
+        unit = take_unit(phase, n_units, thread, step.n_threads)
     wait_for_phase(phase, n_units)
 
 
 @inline
-def _gate(step, layer, phase, rounded, norm_eps):  # type: ignore[no-untyped-def]
+def _gate(step, layer, phase, thread, rounded, norm_eps):  # type: ignore[no-untyped-def]
     """silu(gate @ x) * (up @ x) of the normalized residual stream."""
     tiles, groups = step.intermediate // TILE_ROWS, step.hidden // GROUP_COLUMNS
     n_units = -(-tiles // _GATE_TILES)
-    unit = take_unit(phase)
-    if unit < n_units:
+    unit = take_unit(phase, n_units, thread, step.n_threads)
+    if unit >= 0:
         _norm_and_round(step.x, layer.post_norm, step, norm_eps, rounded)
-    while unit < n_units:
+    while unit >= 0:
         for tile in range(unit * _GATE_TILES, min(tiles, (unit + 1) * _GATE_TILES)):
             gate = tile_dot(layer.gate, layer.gate_b, tile, rounded, groups)
             up = tile_dot(layer.up, layer.up_b, tile, rounded, groups)
@@ -211,23 +211,23 @@ def _gate(step, layer, phase, rounded, norm_eps):  # type: ignore[no-untyped-def
             inverse = simd.add(one, simd.exp(simd.multiply(gate, simd.splat(np.float32(-1)))))
             simd.store(step.gated + tile * TILE_BYTES, simd.multiply(simd.divide(gate, inverse), up))
         finish_unit(phase, n_units)
-        unit = take_unit(phase)
+        unit = take_unit(phase, n_units, thread, step.n_threads)
     wait_for_phase(phase, n_units)
 
 
 @inline
-def _predict(step, phase, rounded, norm_eps):  # type: ignore[no-untyped-def]
+def _predict(step, phase, thread, rounded, norm_eps):  # type: ignore[no-untyped-def]
     """The logits: the output head over the normalized residual stream."""
     n_units = -(-step.head_tiles // _HEAD_TILES)
-    unit = take_unit(phase)
-    if unit < n_units:
+    unit = take_unit(phase, n_units, thread, step.n_threads)
+    if unit >= 0:
         _norm_and_round(step.x, step.final_norm, step, norm_eps, rounded)
-    while unit < n_units:
+    while unit >= 0:
         for tile in range(unit * _HEAD_TILES, min(step.head_tiles, (unit + 1) * _HEAD_TILES)):
             dot = tile_dot(step.head, step.head_b, tile, rounded, step.hidden // GROUP_COLUMNS)
             simd.store(step.logits + tile * TILE_BYTES, dot)
         finish_unit(phase, n_units)
-        unit = take_unit(phase)
+        unit = take_unit(phase, n_units, thread, step.n_threads)
     wait_for_phase(phase, n_units)
 
 
@@ -244,16 +244,18 @@ def decode_step(address):  # type: ignore[no-untyped-def]
     attended_columns, phase = step.heads * step.head_dim, step.phases
     for index in range(step.n_layers):
         layer = layers[index]
-        _project(step, layer, phase, rounded, norm_eps, scale)
-        phase += PHASE_BYTES
-        _attend_all(step, layer, phase, scores)
-        phase += PHASE_BYTES
+        _project(step, layer, phase, thread, rounded, norm_eps, scale)
+        phase += step.phase_bytes
+        _attend_all(step, layer, phase, thread, scores)
+        phase += step.phase_bytes
         _add_product(
-            step, layer.o, layer.o_b, layer.o_bias, step.attended, attended_columns, _OUT_TILES, phase, rounded
+            step, layer.o, layer.o_b, layer.o_bias, step.attended, attended_columns, _OUT_TILES, phase, thread, rounded
         )
-        phase += PHASE_BYTES
-        _gate(step, layer, phase, rounded, norm_eps)
-        phase += PHASE_BYTES
-        _add_product(step, layer.down, layer.down_b, 0, step.gated, step.intermediate, _DOWN_TILES, phase, rounded)
-        phase += PHASE_BYTES
-    _predict(step, phase, rounded, norm_eps)
+        phase += step.phase_bytes
+        _gate(step, layer, phase, thread, rounded, norm_eps)
+        phase += step.phase_bytes
+        _add_product(
+            step, layer.down, layer.down_b, 0, step.gated, step.intermediate, _DOWN_TILES, phase, thread, rounded
+        )
+        phase += step.phase_bytes
+    _predict(step, phase, thread, rounded, norm_eps)

@@ -23,8 +23,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from streaming.errors import ModelUnavailable
-from streaming.models.kernels import multiply, multiply_unpacked
-from streaming.models.packing import GROUP_COLUMNS, packed_shape, quantize, take_rows
+from streaming.models.kernels import multiply, multiply_unpacked, take_rows
+from streaming.models.packing import GROUP_COLUMNS, packed_shape, quantize
 
 METHOD = "brook_int4"
 

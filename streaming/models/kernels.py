@@ -116,6 +116,11 @@ _MULTIPLY = np.dtype(
 )
 _UNPACK = np.dtype([(name, np.int64) for name in "weight block_bytes tiles groups out n_threads".split()])
 
+_TAKE = np.dtype([(name, np.int64) for name in "weight block_bytes groups rows count lanes out".split()])
+
+# Row i selects lane i of a vector.
+_LANES = np.eye(TILE_ROWS, dtype=np.float32)
+
 
 @kernel
 def _multiply(address):  # type: ignore[no-untyped-def]
@@ -156,6 +161,22 @@ def _unpack_columns(address):  # type: ignore[no-untyped-def]
                 simd.store(out + column * row_bytes, simd.fma(scale, _column(block, block_bytes, column), offset))
 
 
+@kernel
+def _take_rows(address):  # type: ignore[no-untyped-def]
+    plan = carray(address, 1, _TAKE)[0]
+    rows = carray(simd.pointer(plan.rows), plan.count, np.int64)
+    for i in range(plan.count):
+        lane = simd.load(plan.lanes + rows[i] % TILE_ROWS * TILE_BYTES)
+        for g in range(plan.groups):
+            block = plan.weight + (rows[i] // TILE_ROWS * plan.groups + g) * plan.block_bytes
+            out = plan.out + (i * plan.groups + g) * _GROUP_BYTES
+            scale = simd.total(simd.multiply(lane, simd.load_halves(block)))
+            offset = simd.total(simd.multiply(lane, simd.load_halves(block + 32))) if plan.block_bytes == _Q4 else 0.0
+            for column in range(GROUP_COLUMNS):
+                value = simd.total(simd.multiply(lane, _column(block, plan.block_bytes, column)))
+                simd.store_float(out + column * _FLOAT, np.float32(value * scale + offset))
+
+
 def multiply(packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return x @ weight.T for a few rows: float32 `(rows, columns)` to float32 `(rows, 16 * tiles)`."""
     tiles, groups, block_bytes = packed.shape
@@ -181,6 +202,16 @@ def multiply_unpacked(packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         _run(_unpack_columns, plan, n_threads)
         torch.mm(x, unpacked, out=y[:, start * TILE_ROWS : (start + n) * TILE_ROWS])
     return y
+
+
+def take_rows(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return the float32 rows `(*rows.shape, columns)` of a packed weight, as an embedding does."""
+    _, groups, block_bytes = packed.shape
+    indices = rows.contiguous()
+    out = torch.empty(*rows.shape, groups * GROUP_COLUMNS)
+    addresses = (indices.data_ptr(), indices.numel(), _LANES.ctypes.data, out.data_ptr())
+    _run(_take_rows, (packed.data_ptr(), block_bytes, groups, *addresses), 1)
+    return out
 
 
 def _run(compiled: Any, plan: tuple[int, ...], n_threads: int) -> None:

@@ -90,17 +90,6 @@ def unpack(packed: torch.Tensor, n_rows: int) -> torch.Tensor:
     return _values(halves.flatten(0, 1), words.flatten(0, 1))[:n_rows]
 
 
-def take_rows(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return the float32 rows `(*rows.shape, columns)` of a packed weight, as an embedding does."""
-    tiles, groups, _ = packed.shape
-    split = 2 * _HALVES[bits_of(packed)] * TILE_ROWS
-    tile, lane = rows.flatten() // TILE_ROWS, rows.flatten() % TILE_ROWS
-    # Indexed by (tile, :, :, lane), advanced indices apart from each other come first in the result.
-    halves = packed[..., :split].unflatten(-1, (-1, TILE_ROWS, 2))[tile, :, :, lane]
-    words = packed[..., split:].unflatten(-1, (-1, TILE_ROWS, 4))[tile, :, :, lane]
-    return _values(halves, words).view(*rows.shape, -1)
-
-
 def _steps(
     groups: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, low: int, high: int
 ) -> torch.Tensor:

@@ -23,6 +23,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from streaming.errors import ModelUnavailable
+from streaming.models.arena import move_to_arena
 from streaming.models.kernels import multiply, multiply_unpacked, take_rows
 from streaming.models.packing import GROUP_COLUMNS, packed_shape, quantize
 
@@ -125,6 +126,10 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         replace_linears(model, self.quantization_config.modules_to_not_convert)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
+        move_to_arena(model)
         return model
 
     def is_serializable(self) -> bool:

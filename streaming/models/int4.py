@@ -10,11 +10,9 @@ Source: transformers 5.23 `quantizers.auto.register_quantizer`, `register_quanti
 `quantizers.base.HfQuantizer`, `core_model_loading.ConversionOps`.
 """
 
-import platform
 from typing import Any
 
 import torch
-from llvmlite import binding
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -24,15 +22,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from streaming.errors import ModelUnavailable
 from streaming.models.arena import move_to_arena
+from streaming.models.gguf import unpack_blocks
 from streaming.models.kernels import multiply, multiply_unpacked, take_rows
-from streaming.models.packing import GROUP_COLUMNS, packed_shape, quantize
+from streaming.models.packing import GROUP_COLUMNS, PACKABLE, pack_ggml, packed_shape, quantize
 
 METHOD = "brook_int4"
 
 # Up to here it is faster to multiply packed weights row by row than to unpack them for torch.mm.
 _FEW_ROWS = 32
-
-_X86_FEATURES = ("avx2", "fma", "f16c")
 
 
 class PackedLinear(nn.Module):
@@ -79,37 +76,36 @@ class PackedEmbedding(nn.Module):
 
 
 @register_quantization_config(METHOD)
-class Int4Config(QuantizationConfigMixin):  # type: ignore[misc]
+class Int4Config(QuantizationConfigMixin):
     """How to quantize: the names of modules to leave as they are, as in transformers' other configurations."""
 
     def __init__(self, modules_to_not_convert: list[str] | None = None, **_unused: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.modules_to_not_convert = modules_to_not_convert
 
 
-class _Pack(ConversionOps):  # type: ignore[misc]
+class _Pack(ConversionOps):
     """Pack one weight as it is read."""
 
-    def convert(
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str | None = None, **_unused: Any
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, **_unused: Any
     ) -> dict[str, torch.Tensor]:
-        packed = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            module, _ = get_module_from_name(model, full_layer_name or name)
-            packed[full_layer_name or name] = quantize(weight, module.bits)
-        return packed
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        module, _ = get_module_from_name(model, full_layer_name)
+        return {full_layer_name: quantize(weight, module.bits)}
 
 
 @register_quantizer(METHOD)
-class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
+class Int4Quantizer(HfQuantizer):
     """Replaces modules before the weights come, and packs the weights as they come."""
+
+    quantization_config: Int4Config
 
     def validate_environment(self, *_args: Any, device_map: Any = None, **_kwargs: Any) -> None:
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         if any(torch.device(device).type != "cpu" for device in devices if device not in (None, "auto")):
             raise ModelUnavailable("4-bit weights run on the CPU only; choose the device cpu or quantize none.")
-        require_int4()
 
     def update_device_map(self, device_map: Any) -> Any:
         return {"": "cpu"} if device_map == "auto" else device_map
@@ -167,16 +163,39 @@ def replace_linears(model: Any, keep: list[str] | None = None) -> None:
 
 
 def _packs(module: Any, kind: type[nn.Module]) -> bool:
-    return type(module) is kind and module.weight.shape[1] % GROUP_COLUMNS == 0
+    weight: Any = module.weight if type(module) is kind else None
+    return weight is not None and weight.shape[1] % GROUP_COLUMNS == 0
 
 
-def require_int4() -> None:
-    """Raise ModelUnavailable, in a sentence for people, when this processor cannot run the kernels."""
-    if platform.machine().lower() not in {"x86_64", "amd64"}:
-        return
-    features = binding.get_host_cpu_features()
-    missing = [name for name in _X86_FEATURES if not features.get(name)]
-    if missing:
-        raise ModelUnavailable(
-            f"4-bit weights need a processor with {', '.join(missing)}, which this one lacks; use quantize none."
-        )
+def pack_model(model: Any) -> Any:
+    """Pack a loaded float32 model in place, one layer at a time, and return it."""
+    floats: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    replace_linears(model)
+    packed_weights: dict[int, nn.Parameter] = {}
+    for name, old in floats.items():
+        new = model.get_submodule(name)
+        if not isinstance(new, PackedLinear | PackedEmbedding):
+            continue
+        key = id(old.weight)
+        if key not in packed_weights:
+            packed_weights[key] = nn.Parameter(quantize(old.weight, new.bits), requires_grad=False)
+        new.weight = packed_weights[key]
+        if isinstance(new, PackedLinear):
+            new.bias = old.bias
+        del old.weight
+    move_to_arena(model)
+    return model
+
+
+def pack_blocks(blocks: torch.Tensor, ggml_type: int) -> torch.Tensor:
+    """Return GGML blocks `(rows, bytes a row)` as a packed weight, and plain values as float32.
+
+    Q4_0, Q4_1 and Q8_0 keep their exact values; other block types are rounded to 8 bits.
+    """
+    if ggml_type in PACKABLE:
+        return pack_ggml(blocks, ggml_type)
+    weight = unpack_blocks(blocks, ggml_type, torch.float32)
+    # The clone lets go of the file that a plain value may still be a part of.
+    return quantize(weight, bits=8) if weight.dim() == 2 else weight.clone()

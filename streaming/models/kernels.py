@@ -47,9 +47,9 @@ def kernel(function: Any) -> Any:
 
 
 @apart
-def round_activations(x, rounded, groups):  # type: ignore[no-untyped-def]
+def round_activations(x, rounded, groups):
     """Write the float32 values at `x` as `groups` groups of ROUNDED_BYTES to `rounded`."""
-    for g in range(groups):
+    for _ in range(groups):
         low, high = simd.load(x), simd.load(x + TILE_BYTES)
         top = simd.largest(simd.larger_magnitude(low, high))
         factor = simd.splat(np.float32(32767) / top if top > 0 else np.float32(0))
@@ -63,7 +63,7 @@ def round_activations(x, rounded, groups):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _pairs_4(words, x, even, odd):  # type: ignore[no-untyped-def]
+def _pairs_4(words, x, even, odd):
     """Add 8 columns of 4 bits times the 8 activations at `x` to two accumulators."""
     even = simd.multiply_words(simd.word_field(words, 0, 15), simd.int_load_splat(x), even)
     odd = simd.multiply_words(simd.word_field(words, 4, 15), simd.int_load_splat(x + 4), odd)
@@ -73,7 +73,7 @@ def _pairs_4(words, x, even, odd):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _pairs_8(words, x, even, odd):  # type: ignore[no-untyped-def]
+def _pairs_8(words, x, even, odd):
     """Add 4 columns of 8 bits times the 4 activations at `x` to two accumulators."""
     even = simd.multiply_words(simd.word_field(words, 0, 255), simd.int_load_splat(x), even)
     odd = simd.multiply_words(simd.word_field(words, 8, 255), simd.int_load_splat(x + 4), odd)
@@ -81,7 +81,7 @@ def _pairs_8(words, x, even, odd):  # type: ignore[no-untyped-def]
 
 
 @apart
-def tile_dot(weight, block_bytes, tile, x, groups):  # type: ignore[no-untyped-def]
+def tile_dot(weight, block_bytes, tile, x, groups):
     """Return 16 rows of weight @ x, for rounded activations at `x`."""
     acc = simd.splat(np.float32(0))
     block = weight + tile * groups * block_bytes
@@ -111,19 +111,21 @@ def tile_dot(weight, block_bytes, tile, x, groups):  # type: ignore[no-untyped-d
     return acc
 
 
-_MULTIPLY = np.dtype(
-    [(name, np.int64) for name in "weight block_bytes tiles groups x rounded y rows n_threads".split()]
-)
-_UNPACK = np.dtype([(name, np.int64) for name in "weight block_bytes tiles groups out n_threads".split()])
+def int_record(names: str) -> np.dtype[Any]:
+    """Return the type of a record of int64 fields, addresses among them, which a kernel takes as its plan."""
+    return np.dtype([(name, np.int64) for name in names.split()])
 
-_TAKE = np.dtype([(name, np.int64) for name in "weight block_bytes groups rows count lanes out".split()])
+
+_MULTIPLY = int_record("weight block_bytes tiles groups x rounded y rows n_threads")
+_UNPACK = int_record("weight block_bytes tiles groups out n_threads")
+_TAKE = int_record("weight block_bytes groups rows count lanes out")
 
 # Row i selects lane i of a vector.
 _LANES = np.eye(TILE_ROWS, dtype=np.float32)
 
 
 @kernel
-def _multiply(address):  # type: ignore[no-untyped-def]
+def _multiply(address):
     plan = carray(address, 1, _MULTIPLY)[0]
     thread, groups, y_bytes = thread_number(), plan.groups, plan.tiles * TILE_BYTES
     row_bytes = groups * ROUNDED_BYTES
@@ -136,7 +138,7 @@ def _multiply(address):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _column(block, block_bytes, column):  # type: ignore[no-untyped-def]
+def _column(block, block_bytes, column):
     """Return one column's steps of a block's 16 rows, less their zero point."""
     if block_bytes == _Q4:
         words = simd.int_load(block + 64 + column // 8 * 64)
@@ -147,7 +149,7 @@ def _column(block, block_bytes, column):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _unpack_columns(address):  # type: ignore[no-untyped-def]
+def _unpack_columns(address):
     plan = carray(address, 1, _UNPACK)[0]
     thread, groups, block_bytes = thread_number(), plan.groups, plan.block_bytes
     row_bytes = plan.tiles * TILE_BYTES
@@ -162,7 +164,7 @@ def _unpack_columns(address):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _take_rows(address):  # type: ignore[no-untyped-def]
+def _take_rows(address):
     plan = carray(address, 1, _TAKE)[0]
     rows = carray(simd.pointer(plan.rows), plan.count, np.int64)
     for i in range(plan.count):

@@ -8,10 +8,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 BLOCK_TOKENS = 256
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):
     """A DynamicLayer (transformers 5.23) with room for more positions behind `keys` and `values`.
 
-    `concatenate` in DynamicLayer copies everything at every token; here a token costs its own bytes, and once in
+    DynamicLayer copies everything at every token; here a token costs its own bytes, and once in
     BLOCK_TOKENS a copy. `keys` and `values` are `(batch, heads, length, head_dim)` views of the rooms.
     """
 
@@ -19,7 +19,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.key_room: torch.Tensor | None = None
         self.value_room: torch.Tensor | None = None
         self.length = 0
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -79,17 +79,28 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.length = max(0, self.length + tokens_to_remove)
 
 
-def make_growing(cache: DynamicCache) -> bool:
-    """Turn the plain layers of a cache, in place, into growing ones; return whether all of them now are."""
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            growing = GrowingLayer()
-            if layer.get_seq_length():
-                growing.update(layer.keys, layer.values)
-            cache.layers[index] = growing
+def is_continuable(cache: Any) -> bool:
+    """Whether `make_growing` can take this cache: a DynamicCache, not offloaded, of plain attention."""
+    return (
+        isinstance(cache, DynamicCache)
+        and not cache.offloading
+        and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
+    )
+
+
+def make_growing(cache: DynamicCache) -> list[GrowingLayer]:
+    """Turn the plain layers of a cache, in place, into growing ones and return them."""
+    growing = []
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        grown = layer if isinstance(layer, GrowingLayer) else GrowingLayer()
+        if grown is not layer and layer.get_seq_length():
+            grown.update(layer.keys, layer.values)
+        growing.append(grown)
+    cache.layers = list(growing)
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = GrowingLayer
-    return all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+    return growing
 
 
 def _grown(room: torch.Tensor | None, length: int, capacity: int) -> torch.Tensor:

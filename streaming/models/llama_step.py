@@ -1,12 +1,13 @@
 """The compiled decoding step, prepared for one model: which models it fits, and what it needs to know of them."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from transformers import (
-    Cache,
     DynamicCache,
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -37,7 +38,7 @@ def step_of(model: Any) -> "LlamaStep | None":
 
 
 class LlamaStep:
-    """One decoding step: `begin` with a cache, then call with a token at a time. Not thread-safe."""
+    """The decoding step of one model. Not thread-safe."""
 
     def __init__(self, model: Any) -> None:
         # The model owns this object through a weak dictionary: only its parts may be kept.
@@ -46,7 +47,8 @@ class LlamaStep:
         heads, head_dim = config.num_attention_heads, attention.head_dim
         widest = max(config.intermediate_size, heads * head_dim, config.hidden_size)
         self._rounded_bytes = widest // GROUP_COLUMNS * ROUNDED_BYTES + config.hidden_size * 4
-        self._vectors = [torch.empty(n) for n in (config.hidden_size, *[heads * head_dim] * 2, config.intermediate_size)]
+        self._hidden, self._gated = torch.empty(config.hidden_size), torch.empty(config.intermediate_size)
+        self._queries, self._attended = torch.empty(heads * head_dim), torch.empty(heads * head_dim)
         self._layers = np.zeros(config.num_hidden_layers, LAYER)
         for record, layer in zip(self._layers, model.model.layers, strict=True):
             _describe_layer(record, layer)
@@ -66,37 +68,28 @@ class LlamaStep:
             head_b=self._head.weight.shape[-1],
             head_tiles=self._head.weight.shape[0],
             rounded_stride=self._rounded_bytes,
+            x=self._hidden.data_ptr(),
+            queries=self._queries.data_ptr(),
+            attended=self._attended.data_ptr(),
+            gated=self._gated.data_ptr(),
         )
-        self._set(**dict(zip(("x", "queries", "attended", "gated"), map(torch.Tensor.data_ptr, self._vectors), strict=True)))
+        self._capacity, self._n_threads = 0, 0
+
+    def continuing(self, cache: DynamicCache) -> Callable[[int], torch.Tensor]:
+        """Return a function that appends a token to a cache of one sequence and returns the logits after it.
+
+        The cache's layers become GrowingLayers; `is_continuable(cache)` must hold. Logits are float32 `(1, vocab)`.
+        """
+        layers = make_growing(cache)
         self._capacity = 0
-        self._cache: Cache | None = None
-        self._n_threads = 0
+        return functools.partial(self._read, layers)
 
-    def begin(self, cache: Any) -> bool:
-        """Take a cache of one sequence, as the model's prefill left it; return False when it is of another kind."""
-        if not isinstance(cache, DynamicCache) or cache.offloading or not make_growing(cache):
-            return False
-        first: Any = cache.layers[0]
-        if len(cache.layers) != len(self._layers) or first.keys is None or first.keys.dtype != torch.float32:
-            return False
-        self._cache = cache if first.keys.shape[0] == 1 else None
-        self._capacity = 0
-        return self._cache is not None
-
-    def end(self) -> None:
-        """Let go of the cache."""
-        self._cache = None
-
-    def __call__(self, token_id: int) -> torch.Tensor:
-        """Append `token_id` to the cache and return the logits after it, float32 `(1, vocab)`."""
-        assert self._cache is not None, "begin() comes first"
-        layers: list[Any] = self._cache.layers
-        position = layers[0].length
-        n_threads = parallel.team_size()
+    def _read(self, layers: list[GrowingLayer], token_id: int) -> torch.Tensor:
+        position, n_threads = layers[0].length, parallel.team_size()
         if position + 1 > self._capacity or n_threads != self._n_threads:
             self._make_room(layers, position + 1, n_threads)
         logits = torch.empty(1, self._head.weight.shape[0] * TILE_ROWS)
-        self._vectors[0].copy_(self._embed(torch.tensor([token_id]))[0])
+        self._hidden.copy_(self._embed(torch.tensor([token_id]))[0])
         row = position * self._cos.shape[-1] * 4
         self._set(position=position, cos=self._cos.data_ptr() + row, sin=self._sin.data_ptr() + row)
         self._set(logits=logits.data_ptr())
@@ -114,7 +107,7 @@ class LlamaStep:
             record["keys"], record["values"] = layer.key_room.data_ptr(), layer.value_room.data_ptr()
         self._capacity, self._n_threads = min(layer.capacity for layer in layers), n_threads
         positions = torch.arange(self._capacity)[None]
-        cos, sin = self._rotary(self._vectors[0], positions)
+        cos, sin = self._rotary(self._hidden, positions)
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self._rounded = torch.empty(n_threads, self._rounded_bytes, dtype=torch.uint8)
         self._scores = torch.empty(n_threads, self._capacity + BLOCK_TOKENS)
@@ -165,8 +158,7 @@ def _fits(model: Any) -> bool:
     if type(model) not in _KNOWN:
         return False
     config, layers = model.config, model.model.layers
-    linears = [module for layer in layers for module in layer.modules() if isinstance(module, PackedLinear | torch.nn.Linear)]
-    linears.append(model.lm_head)
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear | torch.nn.Linear)]
     mlp_biases = [getattr(layer.mlp, name).bias for layer in layers for name in ("gate_proj", "up_proj", "down_proj")]
     vectors = [parameter for name, parameter in model.named_parameters() if "norm" in name or "bias" in name]
     return (

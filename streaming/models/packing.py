@@ -25,6 +25,8 @@ _HALVES = {4: 2, 8: 1}  # float16 values a row: scale and offset, or scale alone
 _ZERO_STEP = 128
 
 GGML_Q4_0, GGML_Q4_1, GGML_Q8_0 = 2, 3, 8
+PACKABLE = {GGML_Q4_0: (1, 16), GGML_Q4_1: (2, 16), GGML_Q8_0: (1, 32)}
+"""GGML types that are packed as they are: float16 values and bytes of steps in a block."""
 
 # How far the range of a group is narrowed in search of the 4-bit grid with the least squared error.
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -43,10 +45,8 @@ def bits_of(packed: torch.Tensor) -> int:
 
 
 def pack_ggml(blocks: torch.Tensor, ggml_type: int) -> torch.Tensor:
-    """Pack GGML blocks, uint8 `(rows, bytes a row)`, of type Q4_0, Q4_1 or Q8_0 without loss."""
-    n_halves, n_bytes = {GGML_Q4_0: (1, 16), GGML_Q4_1: (2, 16), GGML_Q8_0: (1, 32)}.get(ggml_type, (0, 0))
-    if not n_bytes:
-        raise ValueError(f"GGML type {ggml_type} has no packed form; dequantize it and call quantize().")
+    """Pack GGML blocks, uint8 `(rows, bytes a row)`, of a PACKABLE type without loss."""
+    n_halves, n_bytes = PACKABLE[ggml_type]
     by_group = blocks.reshape(len(blocks), -1, 2 * n_halves + n_bytes)
     halves = by_group[..., : 2 * n_halves].contiguous().view(torch.float16)
     steps = by_group[..., 2 * n_halves :]
@@ -59,7 +59,7 @@ def pack_ggml(blocks: torch.Tensor, ggml_type: int) -> torch.Tensor:
 
 def quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Round a float weight `(rows, columns)` to `bits` bits in groups of 32 columns, and pack it."""
-    packed_shape(*weight.shape, bits)
+    packed_shape(weight.shape[0], weight.shape[1], bits)
     groups = weight.detach().float().reshape(len(weight), -1, GROUP_COLUMNS)
     if bits == 8:
         scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
@@ -90,9 +90,7 @@ def unpack(packed: torch.Tensor, n_rows: int) -> torch.Tensor:
     return _values(halves.flatten(0, 1), words.flatten(0, 1))[:n_rows]
 
 
-def _steps(
-    groups: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, low: int, high: int
-) -> torch.Tensor:
+def _steps(groups: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, low: int, high: int) -> torch.Tensor:
     divisor = torch.where(scale == 0, 1, scale).float()
     return ((groups - offset) / divisor).round_().clamp_(low, high)
 

@@ -15,6 +15,7 @@ import ctypes
 import os
 import platform
 import sys
+import timeit
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,9 @@ from streaming.models import simd
 
 thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 _system_call = types.ExternalFunction("syscall", types.int64(*[types.int64] * 5))
+
+# 32 MB: more than a core's own caches.
+_TUNING_VALUES = 1 << 23
 
 # Linux: <asm/unistd.h>, <linux/futex.h>.
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1)
@@ -82,6 +86,22 @@ def team_size() -> int:
     return torch.get_num_threads() if _gomp is not None else 1
 
 
+def tune_threads() -> None:
+    """Set PyTorch's thread count to the least that reads memory, within 5 %, as fast as any; takes some 50 ms.
+
+    OMP_NUM_THREADS, where set, is left as the last word.
+    """
+    if _gomp is None or "OMP_NUM_THREADS" in os.environ:
+        return
+    values = torch.ones(_TUNING_VALUES)
+    times = {}
+    for n_threads in sorted({*(2**power for power in range(10)), usable_cores()}):
+        if n_threads <= usable_cores():
+            torch.set_num_threads(n_threads)
+            times[n_threads] = min(timeit.repeat(values.sum, number=1, repeat=5))
+    torch.set_num_threads(next(n for n, time_s in times.items() if time_s < 1.05 * min(times.values())))
+
+
 def usable_cores() -> int:
     """Return how many physical cores this process may use: what the machine, its affinity and its cgroup leave."""
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
@@ -102,20 +122,19 @@ def _cgroup_limit() -> float:
     return 1e9 if quota.strip() in {"max", "-1"} else int(quota) / int(period)
 
 
-
 def phase_bytes(n_threads: int) -> int:
     """Return the size of a phase's counters, which begin as zeros."""
     return _TAKEN + 4 * n_threads
 
 
 @njit(inline="always")
-def first(count, thread, n_threads):  # type: ignore[no-untyped-def]
+def first(count, thread, n_threads):
     """Return where a thread's share of `count` units begins; the next thread's begin is its end."""
     return count * thread // n_threads
 
 
 @njit(error_model="numpy")
-def take_unit(phase, n_units, thread, n_threads):  # type: ignore[no-untyped-def]
+def take_unit(phase, n_units, thread, n_threads):
     """Return a unit that no thread has taken, of the thread's own share while there is one, or -1."""
     for step in range(n_threads):
         owner = (thread + step) % n_threads
@@ -130,7 +149,7 @@ def take_unit(phase, n_units, thread, n_threads):  # type: ignore[no-untyped-def
 
 
 @njit(inline="always")
-def finish_unit(phase, n_units):  # type: ignore[no-untyped-def]
+def finish_unit(phase, n_units):
     """Say that a taken unit is done; the last one wakes whoever sleeps."""
     done = simd.atomic_add(phase, 1) + 1
     if done == n_units and simd.atomic_load(phase + _SLEEPERS) != 0:
@@ -138,7 +157,7 @@ def finish_unit(phase, n_units):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def wait_for_phase(phase, n_units):  # type: ignore[no-untyped-def]
+def wait_for_phase(phase, n_units):
     """Return when every unit of a phase is done; what they wrote is then visible."""
     spins = 0
     done = simd.atomic_load(phase)

@@ -1,7 +1,8 @@
 """One token through a whole Llama-like decoder in one compiled call.
 
 Between small operators PyTorch spends longer than in them: a 30-layer model makes some 600 calls a token. Here each
-thread of a team runs the whole step, taking heads and rows as they come, in five phases a layer. All numbers are float32; linear weights are packed (streaming.models.packing).
+thread of a team runs the whole step, its share of heads and rows of each of five phases a layer. All numbers are
+float32; linear weights are packed (streaming.models.packing).
 """
 
 import math
@@ -10,22 +11,26 @@ import numpy as np
 from numba import carray
 
 from streaming.models import simd
-from streaming.models.kernels import ROUNDED_BYTES, TILE_BYTES, apart, inline, kernel, round_activations, tile_dot
+from streaming.models.kernels import (
+    ROUNDED_BYTES,
+    TILE_BYTES,
+    apart,
+    inline,
+    int_record,
+    kernel,
+    round_activations,
+    tile_dot,
+)
 from streaming.models.packing import GROUP_COLUMNS, TILE_ROWS
 from streaming.models.parallel import finish_unit, take_unit, thread_number, wait_for_phase
 
-
-def _record(fields: str) -> np.dtype:
-    return np.dtype([(name, np.int64) for name in fields.split()])
-
-
 # Names of matrices are addresses of packed weights, each with its block size in bytes (`_b`); names of vectors are
 # addresses of float32 values, 0 where the model has none.
-LAYER = _record(
+LAYER = int_record(
     "input_norm q q_b k k_b v v_b q_bias k_bias v_bias q_norm k_norm o o_b o_bias"
     " post_norm gate gate_b up up_b down down_b keys values"
 )
-STEP = _record(
+STEP = int_record(
     "n_threads n_layers layers hidden heads kv_heads head_dim intermediate position capacity cos sin final_norm head"
     " head_b head_tiles logits x queries attended gated rounded rounded_stride scores scores_stride phases phase_bytes"
 )
@@ -39,7 +44,7 @@ PHASES_A_LAYER = 5
 
 
 @inline
-def _norm_factor(x, count, eps):  # type: ignore[no-untyped-def]
+def _norm_factor(x, count, eps):
     """Return 1 / sqrt(mean(x²) + eps)."""
     squares = simd.splat(np.float32(0))
     for at in range(x, x + count * _FLOAT, TILE_BYTES):
@@ -49,7 +54,7 @@ def _norm_factor(x, count, eps):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _scale_by(x, weight, factor, out, count):  # type: ignore[no-untyped-def]
+def _scale_by(x, weight, factor, out, count):
     """Write x * weight * factor to `out`."""
     for at in range(0, count * _FLOAT, TILE_BYTES):
         scaled = simd.multiply(simd.load(x + at), simd.splat(factor))
@@ -57,7 +62,7 @@ def _scale_by(x, weight, factor, out, count):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _rotate(head, cos, sin, head_dim):  # type: ignore[no-untyped-def]
+def _rotate(head, cos, sin, head_dim):
     """Apply rotary position embedding in place: x * cos + rotate_half(x) * sin."""
     half = head_dim // 2 * _FLOAT
     for at in range(0, half, TILE_BYTES):
@@ -69,7 +74,7 @@ def _rotate(head, cos, sin, head_dim):  # type: ignore[no-untyped-def]
 
 
 @inline
-def _project_head(weight, block_bytes, bias, index, rounded, out, step):  # type: ignore[no-untyped-def]
+def _project_head(weight, block_bytes, bias, index, rounded, out, step):
     """Write one head's rows of weight @ x (+ bias) to `out`."""
     tiles = step.head_dim // TILE_ROWS
     for tile in range(tiles):
@@ -80,7 +85,7 @@ def _project_head(weight, block_bytes, bias, index, rounded, out, step):  # type
 
 
 @apart
-def _attend(query, keys, values, length, scores, out, head_dim):  # type: ignore[no-untyped-def]
+def _attend(query, keys, values, length, scores, out, head_dim):
     """Write softmax(keys @ query) @ values over `length` positions to `out`; `scores` is room for them."""
     row_bytes = head_dim * _FLOAT
     top = np.float32(-np.inf)
@@ -114,7 +119,7 @@ def _attend(query, keys, values, length, scores, out, head_dim):  # type: ignore
 
 
 @inline
-def _norm_and_round(x, weight, step, norm_eps, rounded):  # type: ignore[no-untyped-def]
+def _norm_and_round(x, weight, step, norm_eps, rounded):
     """Normalize the residual stream and round it to `rounded`, behind which there is room for the float values."""
     groups = step.hidden // GROUP_COLUMNS
     normed = rounded + groups * ROUNDED_BYTES
@@ -123,7 +128,7 @@ def _norm_and_round(x, weight, step, norm_eps, rounded):  # type: ignore[no-unty
 
 
 @inline
-def _project_unit(step, layer, unit, rounded, norm_eps, scale):  # type: ignore[no-untyped-def]
+def _project_unit(step, layer, unit, rounded, norm_eps, scale):
     """One head's query, key or value at the new position; keys and values go straight into the cache."""
     heads, kv_heads, dim = step.heads, step.kv_heads, step.head_dim
     if unit >= heads + kv_heads:
@@ -147,7 +152,7 @@ def _project_unit(step, layer, unit, rounded, norm_eps, scale):  # type: ignore[
 
 
 @inline
-def _project(step, layer, phase, thread, rounded, norm_eps, scale):  # type: ignore[no-untyped-def]
+def _project(step, layer, phase, thread, rounded, norm_eps, scale):
     """Queries, keys and values of the normalized residual stream, a head a unit."""
     n_units = step.heads + 2 * step.kv_heads
     unit = take_unit(phase, n_units, thread, step.n_threads)
@@ -161,7 +166,7 @@ def _project(step, layer, phase, thread, rounded, norm_eps, scale):  # type: ign
 
 
 @inline
-def _attend_all(step, layer, phase, thread, scores):  # type: ignore[no-untyped-def]
+def _attend_all(step, layer, phase, thread, scores):
     """Attention of every query head over the positions so far, a head a unit."""
     dim = step.head_dim
     head = take_unit(phase, step.heads, thread, step.n_threads)
@@ -176,7 +181,7 @@ def _attend_all(step, layer, phase, thread, scores):  # type: ignore[no-untyped-
 
 
 @inline
-def _add_product(step, weight, block_bytes, bias, x, columns, unit_tiles, phase, thread, rounded):  # type: ignore[no-untyped-def]
+def _add_product(step, weight, block_bytes, bias, x, columns, unit_tiles, phase, thread, rounded):
     """Add weight @ x (+ bias) to the residual stream, `unit_tiles` tiles a unit."""
     tiles, groups = step.hidden // TILE_ROWS, columns // GROUP_COLUMNS
     n_units = -(-tiles // unit_tiles)
@@ -196,7 +201,7 @@ def _add_product(step, weight, block_bytes, bias, x, columns, unit_tiles, phase,
 
 
 @inline
-def _gate(step, layer, phase, thread, rounded, norm_eps):  # type: ignore[no-untyped-def]
+def _gate(step, layer, phase, thread, rounded, norm_eps):
     """silu(gate @ x) * (up @ x) of the normalized residual stream."""
     tiles, groups = step.intermediate // TILE_ROWS, step.hidden // GROUP_COLUMNS
     n_units = -(-tiles // _GATE_TILES)
@@ -216,7 +221,7 @@ def _gate(step, layer, phase, thread, rounded, norm_eps):  # type: ignore[no-unt
 
 
 @inline
-def _predict(step, phase, thread, rounded, norm_eps):  # type: ignore[no-untyped-def]
+def _predict(step, phase, thread, rounded, norm_eps):
     """The logits: the output head over the normalized residual stream."""
     n_units = -(-step.head_tiles // _HEAD_TILES)
     unit = take_unit(phase, n_units, thread, step.n_threads)
@@ -232,7 +237,7 @@ def _predict(step, phase, thread, rounded, norm_eps):  # type: ignore[no-untyped
 
 
 @kernel
-def decode_step(address):  # type: ignore[no-untyped-def]
+def decode_step(address):
     """Run one token whose embedding is at `x`; leaves its logits, and its keys and values in the cache."""
     settings = carray(address, 1, SETTINGS)[0]
     step, norm_eps, scale = settings.step, settings.norm_eps, settings.attention_scale

@@ -15,7 +15,6 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 
 from streaming.models.kv_cache import is_continuable
-from streaming.models.llama_step import step_of
 
 # Asking for any of these makes generate() collect what the compiled step does not return.
 _RECORDS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -35,7 +34,7 @@ def decode_loop(
     Whatever the streamer, a processor or a criterion raises goes through to the caller of generate(); the cache then
     holds every token that the model has read.
     """
-    step = step_of(model)
+    step = _compiled_step(model)
     if step is None or not _is_plain(input_ids, generation_config, model_kwargs):
         stock_loop: Any = GenerationMixin._sample
         generated: torch.Tensor = stock_loop(
@@ -56,6 +55,15 @@ def decode_loop(
     if streamer is not None:
         streamer.end()
     return input_ids
+
+
+def _compiled_step(model: Any) -> Any:
+    """Return the model's LlamaStep, or None. Only packed weights have one, and its kernels take a second to import."""
+    if all(parameter.dtype != torch.uint8 for parameter in model.parameters()):
+        return None
+    from streaming.models.llama_step import step_of
+
+    return step_of(model)
 
 
 def _choose(scores: torch.Tensor, do_sample: bool | None) -> torch.Tensor:

@@ -191,6 +191,8 @@ def _unpack_all(
 def unpack_blocks(blocks: torch.Tensor, ggml_type: int, dtype: torch.dtype) -> torch.Tensor:
     """Unpack `(rows, bytes a row)` into `(rows, columns)`; plain values are only cast."""
     if ggml_type not in GGML_BLOCK:
+        if not blocks.is_floating_point():
+            raise ValueError(f"GGML type {ggml_type} is not known; choose a file of another quantization")
         return blocks.to(dtype)
     block_values, block_bytes = GGML_BLOCK[ggml_type]
     flat = blocks.view(-1, block_bytes)

@@ -162,7 +162,8 @@ def _fits(model: Any) -> bool:
     mlp_biases = [getattr(layer.mlp, name).bias for layer in layers for name in ("gate_proj", "up_proj", "down_proj")]
     vectors = [parameter for name, parameter in model.named_parameters() if "norm" in name or "bias" in name]
     return (
-        all(isinstance(linear, PackedLinear) and linear.out_features % TILE_ROWS == 0 for linear in linears)
+        all(isinstance(linear, PackedLinear) for linear in linears)
+        and all(linear.out_features % TILE_ROWS == 0 for linear in linears if linear is not model.lm_head)
         and all(bias is None for bias in (*mlp_biases, model.lm_head.bias))
         and all(vector.dtype == torch.float32 and vector.is_contiguous() for vector in vectors)
         and config.hidden_act == "silu"

@@ -86,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
             self.add_argument("--model", metavar="ID_OR_PATH", action=_Once, type=_text,
                 help="hub id, folder or .gguf file (default: SmolLM2-135M-Instruct)"),
             self.add_argument("--engine", choices=ENGINES, help="what runs the model (default: local)"),
-            self.add_argument("--device", type=_device,
+            self.add_argument("--device", type=device_name,
                 help="auto, cpu, mps, cuda or cuda:N (default: auto, the fastest there is)"),
             self.add_argument("--dtype", choices=DTYPES,
                 help="how weights are held (default: auto, the fastest on the device)"),
@@ -134,7 +134,8 @@ def _text(value: str) -> str:
     return value
 
 
-def _device(value: str) -> str:
+def device_name(value: str) -> str:
+    """Check the name of a device, for argparse."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise argparse.ArgumentTypeError(f"must be auto, cpu, mps, cuda or cuda:N, not {value!r}")
     return value

@@ -14,6 +14,8 @@ FLOORS = [
     ["streaming.server"],
     ["streaming.__main__"],
     ["streaming.cli"],
+    ["streaming.session"],
+    ["streaming.printing"],
     ["streaming.conversations"],
     ["streaming.engine"],
     ["streaming.models"],

@@ -118,6 +118,15 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
+class Parrot(ScriptedModel):
+    """Says its script after any prompt that is read in one go."""
+
+    def forward(self, input_ids, past_key_values=None, **kwargs):
+        if past_key_values is None or past_key_values.get_seq_length() == 0:
+            self.expect(input_ids.shape[1])
+        return super().forward(input_ids, past_key_values=past_key_values, **kwargs)
+
+
 def loaded(model, tokenizer=None, n_context: int = N_CONTEXT) -> LoadedModel:
     """Dress a model as what load_model gives."""
     return LoadedModel(model=model, tokenizer=tokenizer or byte_tokenizer(), model_id="tiny", n_context=n_context)

@@ -1,6 +1,7 @@
 """A streamer that prints, as `TextStreamer` does, and the writer behind it, which the command line uses as well."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -9,18 +10,20 @@ from streaming.events import Event, FinishEvent
 from streaming.streamers.base import EventStreamer, event_text
 
 _TAB = 8
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ConsoleWriter:
     """Write text to a terminal, wrapped between words, or to anything else, as it is.
 
     Nothing that it is given makes it raise: characters that the encoding lacks become "?", and once nobody reads the
-    other end of a pipe `is_closed` is true and the rest goes nowhere. `file` None is standard output.
+    other end of a pipe `is_closed` is true and the rest goes nowhere. `file` None is standard output; with `wraps`
+    false nothing is wrapped.
     """
 
-    def __init__(self, file: TextIO | None = None) -> None:
+    def __init__(self, file: TextIO | None = None, *, wraps: bool = True) -> None:
         self._file = sys.stdout if file is None else file
-        self._wrapper = _Wrapper(self._file) if _is_terminal(self._file) else None
+        self._wrapper = _Wrapper(self._file) if wraps and _is_terminal(self._file) else None
         self.is_closed = False
 
     def write(self, text: str) -> None:
@@ -99,18 +102,16 @@ class _Wrapper:
         self._word_column = 0  # where it begins
 
     def wrap(self, text: str) -> str:
-        """Give what to write so that `text` appears wrapped; control characters have no place in it."""
+        """Give what to write so that `text` appears wrapped."""
         # A terminal that is written to its last column does not say on which line its cursor is.
         width = max(2, os.get_terminal_size(self._file.fileno()).columns - 1)
-        return "".join(self._place(character, width) for character in text)
+        return "".join(self._place(character, width) for character in without_controls(text))
 
     def _place(self, character: str, width: int) -> str:
         if character == "\n":
             return self._start_line()
         if character == "\t":
             character = " " * (_TAB - self._column % _TAB)
-        elif not character.isprintable() and not character.isspace() and character not in "\u200d\u200c":
-            return ""
         n_cells = self._cell_len(character)
         if self._column + n_cells > width:
             return self._break(character, n_cells)
@@ -142,6 +143,11 @@ class _Wrapper:
         self._column = 0
         self._end_word()
         return "\n"
+
+
+def without_controls(text: str) -> str:
+    """Leave out what would steer a terminal: a model has no business there."""
+    return _CONTROLS.sub("", text)
 
 
 def _is_terminal(file: TextIO) -> bool:

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import pyte
 import pytest
 import torch
 from transformers import TextStreamer
@@ -185,29 +186,11 @@ def read_pty(main: int) -> bytes:
 
 
 def render(raw: str, columns: int) -> list[str]:
-    """A terminal that knows newlines, cursor left and erase to the end of the line; trailing spaces are not seen."""
-    from rich.cells import cell_len
-
-    lines, column, at = [[]], 0, 0
-    raw = raw.replace("\r\n", "\n")
-    while at < len(raw):
-        if raw[at] == "\n":
-            lines.append([])
-            column = 0
-        elif raw.startswith("\x1b[K", at):
-            del lines[-1][column:]
-            at += 2
-        elif raw.startswith("\x1b[", at):
-            end = raw.index("D", at)
-            column -= int(raw[at + 2 : end])
-            at = end
-        else:
-            cells = cell_len(raw[at])
-            assert column + cells < columns, "the last column is left alone"
-            lines[-1][column:] = [raw[at], *[""] * (cells - 1)]
-            column += cells
-        at += 1
-    return ["".join(line).rstrip() for line in lines]
+    """Give the lines that a terminal shows, up to the last that is not empty; nothing is in its last column."""
+    screen = pyte.Screen(columns, 100)
+    pyte.Stream(screen).feed(raw)
+    assert all(line[-1] == " " for line in screen.display)
+    return "\n".join(line.rstrip() for line in screen.display).rstrip().split("\n")
 
 
 class TestFile:

@@ -54,14 +54,9 @@ class Detokenizer:
         self._n_given = 0  # characters of the window's text that were given
         self._run: list[str] = []  # byte pieces after the window, of a character that is not whole yet
         self._bytes = b""  # theirs
-        self._held = ""
+        self.held = ""  # the text, as it stands, that a further token may still change: what flush() would give
         self._follows: dict[Any, bool] = {}  # whether a piece is written the same before another
         self.context_text = "".join(self.feed(token_id) for token_id in context_ids)
-
-    @property
-    def held(self) -> str:
-        """The text, as it stands, that a further token may still change: what `flush()` would give."""
-        return self._held
 
     def feed(self, token_id: int) -> str:
         """Give the text that this token settles: empty while a character is unfinished."""
@@ -77,7 +72,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """Give what is held, because nothing that comes can change it: there is no more, or it is of another kind."""
-        text, self._held = self._held, ""
+        text, self.held = self.held, ""
         if self._bytes:
             self._restart(self._run)
             self._run, self._bytes = [], b""
@@ -93,8 +88,8 @@ class Detokenizer:
         n_settled = self._count_settled(window, whole)
         text = whole[self._n_given : n_settled]
         self._n_given += len(text)
-        self._held = whole[self._n_given :]
-        if self._held:
+        self.held = whole[self._n_given :]
+        if self.held:
             if len(window) - self._n_clean > _MAX_WINDOW:
                 text += self._let_go()
         elif text:
@@ -115,14 +110,14 @@ class Detokenizer:
 
     def _let_go(self) -> str:
         """Settle the older pieces where something is held again and again, as with bytes that make no character."""
-        held = self._held
+        held = self.held
         # A character that is not whole yet has no more pieces than bytes; one more tells where it begins.
         self._window = self._window[-_MAX_UNFINISHED_BYTES - 1 :]
         whole = self._join(self._window)
         n_held = min(len(held), len(whole) - self._count_settled(self._window, whole))
         self._n_clean = 0
         self._n_given = len(whole) - n_held
-        self._held = held[len(held) - n_held :]
+        self.held = held[len(held) - n_held :]
         return held[: len(held) - n_held]
 
     def _is_followed_as_it_is(self, piece: Any) -> bool:
@@ -137,7 +132,7 @@ class Detokenizer:
         self._bytes += bytes([byte])
         text, n_read = codecs.utf_8_decode(self._bytes, _EACH_BYTE, False)
         self._bytes = self._bytes[n_read:]
-        self._held = _REPLACEMENT * len(self._bytes)
+        self.held = _REPLACEMENT * len(self._bytes)
         if n_read:
             if n_read == 1 and not self._window:
                 text = self._join(self._run[:1])  # the first piece of all may lose a leading space
@@ -230,31 +225,26 @@ class StopMatcher:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(s for s in stop if s)
-        self._held = ""
+        self.held = ""  # text that was fed but may be the beginning of a stop string
         self.matched: str | None = None
-
-    @property
-    def held(self) -> str:
-        """Text that was fed but may be the beginning of a stop string."""
-        return self._held
 
     def feed(self, text: str) -> str:
         """Give the text that is certain to lie before any stop string."""
         if not self._stop or self.matched is not None:
             return "" if self.matched is not None else text
-        text = self._held + text
+        text = self.held + text
         found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
             _, at, self.matched = min(found)
-            self._held = ""
+            self.held = ""
             return text[:at]
         n_held = max(_overlap(text, s) for s in self._stop)
-        self._held = text[len(text) - n_held :]
+        self.held = text[len(text) - n_held :]
         return text[: len(text) - n_held]
 
     def flush(self) -> str:
         """Give what was held back, because no more text comes."""
-        text, self._held = self._held, ""
+        text, self.held = self.held, ""
         return text
 
 

@@ -170,6 +170,11 @@
     true,
   );
 
+  // Gradio's fields are left to right; what people write has a direction of its own.
+  document.addEventListener("focusin", (event) => {
+    if (event.target.tagName === "TEXTAREA") event.target.dir = "auto";
+  });
+
   document.addEventListener("click", (event) => {
     const outside = !event.target.closest("#sidebar, #settings, #header");
     if (outside && !WIDE.matches) {

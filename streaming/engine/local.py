@@ -1,6 +1,7 @@
 """The engine on this machine: one worker thread owns the model and calls `generate()`, one request after another."""
 
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig
 
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
+from streaming.engine.decode_loop import decode_loop
 from streaming.engine.prefix_cache import PrefixCache
 from streaming.engine.run import Run, StopStringMet, build_run
 from streaming.engine.sampling import build_processors
@@ -268,6 +270,7 @@ class LocalEngine:
                 past_key_values=cache,
                 logits_processor=build_processors(run.sampling, generation.seed, ids.device, run.recorder),
                 streamer=run,
+                custom_generate=functools.partial(decode_loop, streamer=run),
             )
         except (GenerationCancelled, StopStringMet):
             self._keep(run, cache)

@@ -1,9 +1,11 @@
 """Where a model runs and in which dtype, and whether it fits."""
 
+import platform
+
 import psutil
 import torch
 
-from streaming.errors import DeviceUnavailable, ModelTooLarge
+from streaming.errors import DeviceUnavailable, ModelTooLarge, ModelUnavailable
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,6 +37,31 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     # A CPU without these instructions computes bfloat16 by way of float32, and slower than float32 itself.
     fast_bfloat16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if fast_bfloat16 else torch.float32
+
+
+def choose_int4(name: str, dtype_name: str, device: torch.device, *, is_quantized: bool) -> bool:
+    """Turn the setting `quantize` into whether to hold weights in 4 bits.
+
+    "auto" does on a CPU, unless a dtype was asked for, the model is quantized already, or the processor cannot.
+    Raises ModelUnavailable when "int4" is asked for and cannot be had.
+    """
+    if name == "int4":
+        if is_quantized:
+            raise ModelUnavailable("This model's weights are quantized already; use --quantize auto.")
+        if device.type != "cpu":
+            raise ModelUnavailable(f"4-bit weights run on the CPU, not on {device}; use --quantize none.")
+        if missing := _missing_for_int4():
+            raise ModelUnavailable(f"4-bit weights need a processor with {missing}; use --quantize none.")
+        return True
+    suits = device.type == "cpu" and dtype_name == "auto" and not is_quantized
+    return name == "auto" and suits and not _missing_for_int4()
+
+
+def _missing_for_int4() -> str:
+    """Name what the kernels of `streaming.models.simd` are slow without and this processor lacks."""
+    is_x86 = platform.machine().lower() in {"x86_64", "amd64"}
+    capabilities = torch.cpu.get_capabilities()
+    return ", ".join(name for name in ("avx2", "fma3", "f16c") if is_x86 and not capabilities.get(name))
 
 
 def require_memory(n_bytes: int, device: torch.device, model_id: str) -> None:

@@ -52,6 +52,10 @@ _NAMES = {
 }
 
 
+Unpack = Callable[[torch.Tensor, int], torch.Tensor]
+"""From packed blocks `(rows, bytes a row)`, or plain values, and their ggml type to what a parameter holds."""
+
+
 class SmolGguf:
     """A GGUF file of the llama architecture with the "smollm" vocabulary."""
 
@@ -121,10 +125,10 @@ class SmolGguf:
         tokenizer.chat_template = self._metadata.get("tokenizer.chat_template")
         return tokenizer
 
-    def read_weights(self, dtype: torch.dtype, progress: ProgressCallback = ignore_progress) -> dict[str, torch.Tensor]:
-        """Read the weights as `{parameter name: tensor of dtype}`."""
+    def read_weights(self, unpack: Unpack, progress: ProgressCallback = ignore_progress) -> dict[str, torch.Tensor]:
+        """Read the weights as `{parameter name: unpack(blocks, ggml type)}`."""
         blocks, ggml_types = self._read_blocks()
-        return _unpack_all(ggml_types, blocks.__getitem__, dtype, progress)
+        return _unpack_all(ggml_types, blocks.__getitem__, unpack, progress)
 
     def convert(self, folder: Path, sampling: Mapping[str, Any]) -> None:
         """Write the model into the empty `folder`, with the generation defaults `sampling`."""
@@ -163,32 +167,32 @@ def _rename(gguf_name: str) -> str:
     return f"{f'model.layers.{match[1]}.' if match[1] else ''}{_NAMES[match[2]]}.weight"
 
 
-def read_weights(
-    folder: Path, dtype: torch.dtype, progress: ProgressCallback = ignore_progress
-) -> dict[str, torch.Tensor]:
-    """Read the weights of a converted folder as `{parameter name: tensor of dtype}`."""
+def read_weights(folder: Path, unpack: Unpack, progress: ProgressCallback = ignore_progress) -> dict[str, torch.Tensor]:
+    """Read the weights of a converted folder as `{parameter name: unpack(blocks, ggml type)}`."""
     with safe_open(folder / BLOCKS_FILE, framework="pt") as file:
         ggml_types = {name: int(kind) for name, kind in file.metadata().items()}
-        return _unpack_all(ggml_types, file.get_tensor, dtype, progress)
+        return _unpack_all(ggml_types, file.get_tensor, unpack, progress)
 
 
 def _unpack_all(
     ggml_types: Mapping[str, int],
     read_blocks: Callable[[str], torch.Tensor],
-    dtype: torch.dtype,
+    unpack: Unpack,
     progress: ProgressCallback,
 ) -> dict[str, torch.Tensor]:
     weights = {}
     for done, (name, ggml_type) in enumerate(ggml_types.items()):
         progress(LoadProgress("weights", done, len(ggml_types)))
-        weights[name] = _unpack(read_blocks(name), ggml_type, dtype)
+        weights[name] = unpack(read_blocks(name), ggml_type)
     progress(LoadProgress("weights", len(ggml_types), len(ggml_types)))
     return weights
 
 
-def _unpack(blocks: torch.Tensor, ggml_type: int, dtype: torch.dtype) -> torch.Tensor:
+def unpack_blocks(blocks: torch.Tensor, ggml_type: int, dtype: torch.dtype) -> torch.Tensor:
     """Unpack `(rows, bytes a row)` into `(rows, columns)`; plain values are only cast."""
     if ggml_type not in GGML_BLOCK:
+        if not blocks.is_floating_point():
+            raise ValueError(f"GGML type {ggml_type} is not known; choose a file of another quantization")
         return blocks.to(dtype)
     block_values, block_bytes = GGML_BLOCK[ggml_type]
     flat = blocks.view(-1, block_bytes)

@@ -4,6 +4,7 @@ A model is always loaded from files on this machine, which `sources.py` brings h
 never run.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ import torch
 import transformers
 
 from streaming.errors import ModelDamaged, ModelTooLarge, ModelUnavailable, NotACausalLM
-from streaming.models.device import choose_device, choose_dtype, require_memory
+from streaming.models.device import choose_device, choose_dtype, choose_int4, require_memory
 from streaming.models.embedded import DEFAULT_MODEL
-from streaming.models.gguf import BLOCKS_FILE, SmolGguf, read_weights
+from streaming.models.gguf import BLOCKS_FILE, SmolGguf, Unpack, read_weights, unpack_blocks
 from streaming.models.progress import LoadProgress as LoadProgress
 from streaming.models.progress import ProgressCallback, ignore_progress
 from streaming.models.sources import find_model
@@ -68,10 +69,14 @@ def load_model(
     with _explaining(name):
         files = _open(source.fetch(weights=False))
         config = _load_config(files, name)
+        int4 = choose_int4(quantize, dtype, torch_device, is_quantized=hasattr(config, "quantization_config"))
         tokenizer = _load_tokenizer(files)
-        require_memory(_count_bytes(config, torch_dtype), torch_device, name)
+        require_memory(_count_bytes(config, torch.uint8 if int4 else torch_dtype), torch_device, name)
         files = _open(source.fetch(weights=True))
-        loaded = _load_weights(files, config, torch_dtype, torch_device, report)
+        if int4:
+            loaded = _load_int4(files, config, report)
+        else:
+            loaded = _load_weights(files, config, torch_dtype, torch_device, report)
     return LoadedModel(
         model=loaded.eval(),
         tokenizer=tokenizer,
@@ -151,30 +156,47 @@ def _count_bytes(config: Any, dtype: torch.dtype) -> int:
 def _load_weights(
     files: Path | SmolGguf, config: Any, dtype: torch.dtype, device: torch.device, progress: ProgressCallback
 ) -> Any:
-    if isinstance(files, SmolGguf):
-        return _assemble(config, files.read_weights(dtype, progress), files.build_generation_config()).to(device)
-    if (files / BLOCKS_FILE).is_file():
-        generation_config = transformers.GenerationConfig.from_pretrained(files)
-        return _assemble(config, read_weights(files, dtype, progress), generation_config).to(device)
-    progress(LoadProgress("weights", 0, 1))
+    if isinstance(files, SmolGguf) or (files / BLOCKS_FILE).is_file():
+        return _assemble(files, config, functools.partial(unpack_blocks, dtype=dtype), progress).to(device)
     extra = {} if files.is_dir() else {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    auto_model: Any = transformers.AutoModelForCausalLM
-    loaded, report = auto_model.from_pretrained(
-        **_arguments(files), **extra, dtype=dtype, device_map={"": device}, output_loading_info=True
-    )
-    if report["missing_keys"]:
-        raise ModelDamaged(f"{files} lacks {len(report['missing_keys'])} of its weights; fetch the model again.")
-    progress(LoadProgress("weights", 1, 1))
-    return loaded
+    return _from_pretrained(files, progress, **extra, dtype=dtype, device_map={"": device})
 
 
-def _assemble(config: Any, weights: dict[str, torch.Tensor], generation_config: Any) -> Any:
-    """Make a model of tensors that are already here, without a copy of them."""
+def _load_int4(files: Path | SmolGguf, config: Any, progress: ProgressCallback) -> Any:
+    """Load for the CPU with packed weights; the kernels, which take a second to import, are only needed here."""
+    from streaming.models import int4, parallel
+
+    parallel.tune_threads()
+    if isinstance(files, SmolGguf) or (files / BLOCKS_FILE).is_file():
+        config.quantization_config = int4.Int4Config().to_dict()
+        return _assemble(files, config, int4.pack_blocks, progress)
+    if files.is_dir():
+        return _from_pretrained(files, progress, quantization_config=int4.Int4Config())
+    return int4.pack_model(_load_weights(files, config, torch.float32, torch.device("cpu"), progress))
+
+
+def _assemble(files: Path | SmolGguf, config: Any, unpack: Unpack, progress: ProgressCallback) -> Any:
+    """Make a model of GGUF blocks, without another copy of its weights."""
+    if isinstance(files, SmolGguf):
+        weights, generation_config = files.read_weights(unpack, progress), files.build_generation_config()
+    else:
+        weights = read_weights(files, unpack, progress)
+        generation_config = transformers.GenerationConfig.from_pretrained(files)
     dtype = weights["model.norm.weight"].dtype
     with _no_progress_bar():
         return transformers.LlamaForCausalLM.from_pretrained(
             None, config=config, state_dict=weights, generation_config=generation_config, dtype=dtype
         )
+
+
+def _from_pretrained(files: Path, progress: ProgressCallback, **options: Any) -> Any:
+    progress(LoadProgress("weights", 0, 1))
+    auto_model: Any = transformers.AutoModelForCausalLM
+    loaded, report = auto_model.from_pretrained(**_arguments(files), **options, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ModelDamaged(f"{files} lacks {len(report['missing_keys'])} of its weights; fetch the model again.")
+    progress(LoadProgress("weights", 1, 1))
+    return loaded
 
 
 @contextmanager

@@ -124,6 +124,7 @@ def launch_app(
             theme=build_theme(),
             head="".join(f'<link rel="stylesheet" href="{_url(name)}">' for name in SHEETS),
             app_kwargs={"routes": own_routes, "middleware": [Middleware(SecurityHeaders)]},
+            favicon_path=ASSETS / "favicon.png",
             footer_links=[],
             ssr_mode=False,
             pwa=False,

@@ -1,0 +1,86 @@
+"""generate()'s own loop, without what it spends between two tokens.
+
+    model.generate(ids, custom_generate=functools.partial(decode_loop, streamer=streamer), streamer=streamer, …)
+
+generate() prepares everything as always (processors, stopping criteria, cache) and its own prefill reads the prompt;
+then, for models that the compiled step knows, each token is one call. Every other model or setting is handed on to
+generate()'s own sampling loop. The streamer is named twice because transformers 5.23 gives the prompt to the one and
+does not pass it on to a custom loop.
+"""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from streaming.models.kv_cache import is_continuable
+
+# Asking for any of these makes generate() collect what the compiled step does not return.
+_RECORDS = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+def decode_loop(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> torch.Tensor:
+    """Generate with `model` from `input_ids` `(1, seq)`; return the prompt and what was generated, `(1, seq)`.
+
+    Whatever the streamer, a processor or a criterion raises goes through to the caller of generate(); the cache then
+    holds every token that the model has read.
+    """
+    step = _compiled_step(model)
+    if step is None or not _is_plain(input_ids, generation_config, model_kwargs):
+        stock_loop: Any = GenerationMixin._sample
+        generated: torch.Tensor = stock_loop(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
+        )
+        return generated
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    read, logits = step.continuing(outputs.past_key_values), outputs.logits[:, -1].float()
+    while True:
+        next_id = _choose(logits_processor(input_ids, logits), generation_config.do_sample)  # type: ignore[arg-type]
+        input_ids = torch.cat([input_ids, next_id[:, None]], dim=-1)
+        finished = bool(stopping_criteria(input_ids, None)[0])
+        if streamer is not None:
+            streamer.put(next_id)
+        if finished:
+            break
+        logits = read(int(next_id))
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+def _compiled_step(model: Any) -> Any:
+    """Return the model's LlamaStep, or None. Only packed weights have one, and its kernels take a second to import."""
+    if all(parameter.dtype != torch.uint8 for parameter in model.parameters()):
+        return None
+    from streaming.models.llama_step import step_of
+
+    return step_of(model)
+
+
+def _choose(scores: torch.Tensor, do_sample: bool | None) -> torch.Tensor:
+    """Return the next token's id, `(1,)`, from scores `(1, vocab)`."""
+    if do_sample:
+        return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[0]
+    # torch.argmax takes 0.1 ms over 49,152 scores, NumPy 6 µs.
+    return torch.from_numpy(scores.numpy().argmax(axis=-1))
+
+
+def _is_plain(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:
+    """Whether this is one unpadded sequence with the usual cache, of which only the tokens are wanted."""
+    return (
+        len(input_ids) == 1
+        and model_kwargs.get("attention_mask") is None
+        and model_kwargs.get("inputs_embeds") is None
+        and bool(model_kwargs.get("use_cache"))
+        and is_continuable(model_kwargs.get("past_key_values"))
+        and not any(getattr(config, name) for name in _RECORDS)
+    )

@@ -1,0 +1,171 @@
+"""Compiled kernels on the threads that PyTorch already has.
+
+A kernel runs once on every thread of an OpenMP team. The team is libgomp's, the one inside PyTorch's wheels for
+Linux: a second pool would fight with PyTorch's, whose idle threads spin for milliseconds. Where libgomp is not
+loaded (macOS, Windows) a kernel runs on the calling thread alone.
+
+Work that depends on other work is cut into phases and these into units. A thread takes the units of its own share one
+by one, the same ones each time, so that its core's caches know them; then those that others have not come to. A thread
+that the system has stopped thus holds up the others for no more than the unit in its hands, and whoever waits sleeps
+after some microseconds. (libgomp's barrier spins for some 15 ms: beside another busy process, it made a step of 150
+phases fifty times slower.)
+"""
+
+import ctypes
+import os
+import platform
+import sys
+import timeit
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from llvmlite import binding
+from numba import njit, types
+
+from streaming.models import simd
+
+thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+_system_call = types.ExternalFunction("syscall", types.int64(*[types.int64] * 5))
+
+# 32 MB: more than a core's own caches.
+_TUNING_VALUES = 1 << 23
+
+# Linux: <asm/unistd.h>, <linux/futex.h>.
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1)
+_WAIT_PRIVATE, _WAKE_PRIVATE = 128, 129
+_EVERY_WAITER = 2**31 - 1
+
+# Longer than a unit of work usually takes, far shorter than a time slice.
+_SPINS = 2000
+
+# A phase's counters, int32: units done, whether a thread sleeps until all are, and units taken of each thread's share.
+_SLEEPERS, _TAKEN = 4, 8
+
+
+def _find_gomp() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    return ctypes.CDLL(min(paths)) if paths else None
+
+
+# Imported before this module, PyTorch has loaded its libgomp.
+_gomp = _find_gomp()
+_alone = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+for _symbol in ("omp_get_thread_num",):
+    binding.add_symbol(_symbol, ctypes.cast(getattr(_gomp, _symbol, _alone), ctypes.c_void_p).value)
+
+_Run = Callable[[int, int, int], Any]
+
+
+@cache
+def _gomp_parallel() -> _Run:
+    function = _gomp.GOMP_parallel  # type: ignore[union-attr]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return lambda kernel, plan, n_threads: function(kernel, plan, n_threads, 0)
+
+
+def run(kernel: Any, plan: int, n_threads: int) -> None:
+    """Call `kernel`, a Numba cfunc of one pointer, with the address `plan` on `n_threads` threads; wait for all.
+
+    The kernel must be told the same `n_threads` through its plan. The caller's GIL is released meanwhile.
+    """
+    if n_threads == 1:
+        kernel.ctypes(plan)
+    else:
+        _gomp_parallel()(kernel.address, plan, n_threads)
+
+
+def team_size() -> int:
+    """Return how many threads a kernel should get: as many as PyTorch's own operators."""
+    return torch.get_num_threads() if _gomp is not None else 1
+
+
+def tune_threads() -> None:
+    """Set PyTorch's thread count to the least that reads memory, within 5 %, as fast as any; takes some 50 ms.
+
+    OMP_NUM_THREADS, where set, is left as the last word.
+    """
+    if _gomp is None or "OMP_NUM_THREADS" in os.environ:
+        return
+    values = torch.ones(_TUNING_VALUES)
+    times = {}
+    for n_threads in sorted({*(2**power for power in range(10)), usable_cores()}):
+        if n_threads <= usable_cores():
+            torch.set_num_threads(n_threads)
+            times[n_threads] = min(timeit.repeat(values.sum, number=1, repeat=5))
+    torch.set_num_threads(next(n for n, time_s in times.items() if time_s < 1.05 * min(times.values())))
+
+
+def usable_cores() -> int:
+    """Return how many physical cores this process may use: what the machine, its affinity and its cgroup leave."""
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    return max(1, min(cores, int(_cgroup_limit())))
+
+
+def _cgroup_limit() -> float:
+    """Return the CPUs that the container may use, infinite where there is no limit (cgroup v2, then v1)."""
+    v2, v1 = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+    if v2.exists():
+        quota, period = v2.read_text().split()
+    elif v1.exists():
+        quota, period = v1.read_text(), v1.with_name("cpu.cfs_period_us").read_text()
+    else:
+        return 1e9
+    return 1e9 if quota.strip() in {"max", "-1"} else int(quota) / int(period)
+
+
+def phase_bytes(n_threads: int) -> int:
+    """Return the size of a phase's counters, which begin as zeros."""
+    return _TAKEN + 4 * n_threads
+
+
+@njit(inline="always")
+def first(count, thread, n_threads):
+    """Return where a thread's share of `count` units begins; the next thread's begin is its end."""
+    return count * thread // n_threads
+
+
+@njit(error_model="numpy")
+def take_unit(phase, n_units, thread, n_threads):
+    """Return a unit that no thread has taken, of the thread's own share while there is one, or -1."""
+    for step in range(n_threads):
+        owner = (thread + step) % n_threads
+        start = first(n_units, owner, n_threads)
+        share = first(n_units, owner + 1, n_threads) - start
+        taken = phase + _TAKEN + 4 * owner
+        if simd.atomic_load(taken) < share:
+            unit = simd.atomic_add(taken, 1)
+            if unit < share:
+                return start + unit
+    return -1
+
+
+@njit(inline="always")
+def finish_unit(phase, n_units):
+    """Say that a taken unit is done; the last one wakes whoever sleeps."""
+    done = simd.atomic_add(phase, 1) + 1
+    if done == n_units and simd.atomic_load(phase + _SLEEPERS) != 0:
+        _system_call(_FUTEX, phase, _WAKE_PRIVATE, _EVERY_WAITER, 0)
+
+
+@njit(error_model="numpy")
+def wait_for_phase(phase, n_units):
+    """Return when every unit of a phase is done; what they wrote is then visible."""
+    spins = 0
+    done = simd.atomic_load(phase)
+    while done != n_units:
+        spins += 1
+        if spins > _SPINS:
+            simd.atomic_add(phase + _SLEEPERS, 1)
+            done = simd.atomic_load(phase)
+            if done != n_units:
+                _system_call(_FUTEX, phase, _WAIT_PRIVATE, done, 0)
+        done = simd.atomic_load(phase)

@@ -1,0 +1,71 @@
+"""Small random models of several families, with packed weights."""
+
+import torch
+from transformers import (
+    GemmaConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+COMMON = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+    "pad_token_id": 256,
+}
+KEPT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+
+WITH_STEP = {
+    "llama": LlamaConfig(**COMMON, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "llama tied": LlamaConfig(**COMMON, tie_word_embeddings=True),
+    "llama with biases": LlamaConfig(**COMMON, attention_bias=True),
+    "llama 3": LlamaConfig(
+        **COMMON,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "mistral": MistralConfig(**COMMON, sliding_window=None),
+    "qwen 2 (biases)": Qwen2Config(**COMMON),
+    "qwen 3 (norms of heads)": Qwen3Config(**COMMON),
+}
+WITHOUT_STEP = {
+    "gpt-neox": GPTNeoXConfig(**{name: COMMON[name] for name in KEPT}, intermediate_size=96),
+    "opt": OPTConfig(
+        **{name: COMMON[name] for name in KEPT}, ffn_dim=96, word_embed_proj_dim=64, eos_token_id=258, pad_token_id=256
+    ),
+    "gemma": GemmaConfig(**COMMON),
+    "mistral with a window": MistralConfig(**COMMON, sliding_window=16),
+    "llama with odd heads": LlamaConfig(**{**COMMON, "head_dim": 16}),
+    "llama with gelu": LlamaConfig(**COMMON, hidden_act="gelu"),
+}
+
+
+def random_model(config, seed: int = 0) -> PreTrainedModel:
+    """A float32 model whose every parameter is random, biases and norms too."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.generation_config.eos_token_id = 258
+    model.generation_config.pad_token_id = 256
+    return model

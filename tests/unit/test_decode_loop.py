@@ -1,0 +1,250 @@
+"""The lean loop says what generate() says with the same model, and keeps its protocol."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
+
+from streaming.engine.decode_loop import decode_loop
+from streaming.models.int4 import pack_model
+from streaming.models.kv_cache import BLOCK_TOKENS, GrowingLayer, is_continuable
+from streaming.models.llama_step import step_of
+from tests.packed import WITH_STEP, WITHOUT_STEP, random_model
+
+PROMPT = torch.tensor([[257, 5, 80, 13, 200, 7]])
+
+
+class Recorder(LogitsProcessor):
+    """Keeps the logits of every step."""
+
+    def __init__(self):
+        self.logits = []
+
+    def __call__(self, input_ids, scores):
+        self.logits.append(scores.clone())
+        return scores
+
+
+class Log:
+    """A streamer that keeps what it is given; raises at put number `fail_at`."""
+
+    def __init__(self, fail_at=None):
+        self.puts, self.ended, self.fail_at = [], 0, fail_at
+
+    def put(self, value):
+        if len(self.puts) == self.fail_at:
+            raise InterruptedError
+        self.puts.append(value.clone())
+
+    def end(self):
+        self.ended += 1
+
+
+@functools.cache
+def packed(name):
+    return pack_model(random_model((WITH_STEP | WITHOUT_STEP)[name]))
+
+
+def generate(model, ids=PROMPT, lean=True, streamer=None, **options):
+    recorder = Recorder()
+    custom = {"custom_generate": functools.partial(decode_loop, streamer=streamer)} if lean else {}
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        logits_processor=LogitsProcessorList([*options.pop("processors", ()), recorder]),
+        streamer=streamer,
+        **{"do_sample": False, "max_new_tokens": 40, "eos_token_id": None, **options, **custom},
+    )
+    return out, torch.cat(recorder.logits)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 5])
+@pytest.mark.parametrize("name", WITH_STEP)
+def test_the_compiled_step_computes_the_models_own_logits(name, n_threads):
+    model = packed(name)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        lean_ids, lean = generate(model)
+        ids, stock = generate(model, lean=False)
+    finally:
+        torch.set_num_threads(before)
+    assert step_of(model) is not None
+    assert torch.equal(lean_ids, ids)
+    assert (lean - stock).abs().max() < 2e-3 * stock.abs().max()
+
+
+@pytest.mark.parametrize("name", WITHOUT_STEP)
+def test_models_without_a_step_are_left_to_generate(name):
+    model = packed(name)
+    assert step_of(model) is None
+    log = Log()
+    lean_ids, lean = generate(model, streamer=log)
+    ids, stock = generate(model, lean=False)
+    assert torch.equal(lean_ids, ids)
+    assert torch.equal(lean, stock)
+    assert torch.equal(torch.cat([log.puts[0][0], *log.puts[1:]]), ids[0])
+    assert log.ended == 1
+
+
+def test_float_models_are_left_to_generate():
+    model = random_model(WITH_STEP["llama"])
+    assert torch.equal(generate(model)[0], generate(model, lean=False)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_return_sequences": 2, "do_sample": True},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_settings_beyond_one_plain_sequence_are_left_to_generate(options):
+    torch.manual_seed(0)
+    lean = generate(packed("llama"), **options)[0]
+    torch.manual_seed(0)
+    assert torch.equal(lean, generate(packed("llama"), lean=False, **options)[0])
+
+
+def test_recorded_scores_are_left_to_generate():
+    out, _ = generate(packed("llama"), return_dict_in_generate=True, output_scores=True)
+    assert len(out.scores) == 40
+
+
+def test_generate_gives_a_custom_loop_no_streamer():
+    """Contract with transformers 5.23: why the streamer is named twice. If this fails, name it once."""
+    given_streamers = []
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=None, **kwargs):
+        given_streamers.append(streamer)
+        return input_ids
+
+    packed("llama").generate(PROMPT, custom_generate=loop, streamer=Log())
+    assert given_streamers == [None]
+
+
+def test_the_streamer_gets_the_prompt_once_then_every_token_then_the_end():
+    log = Log()
+    ids, _ = generate(packed("llama"), streamer=log)
+    assert torch.equal(log.puts[0], PROMPT)
+    assert [put.shape for put in log.puts[1:]] == [(1,)] * 40
+    assert torch.equal(torch.cat(log.puts[1:]), ids[0, PROMPT.shape[1] :])
+    assert log.ended == 1
+
+
+def test_sampling_draws_what_generate_draws():
+    for seed in range(3):
+        torch.manual_seed(seed)
+        lean = generate(packed("llama"), do_sample=True, temperature=0.8, top_k=20)[0]
+        torch.manual_seed(seed)
+        assert torch.equal(lean, generate(packed("llama"), lean=False, do_sample=True, temperature=0.8, top_k=20)[0])
+
+
+def test_processors_see_the_ids_and_their_scores_are_used():
+    class Count(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            forced = torch.full_like(scores, -torch.inf)
+            forced[0, input_ids.shape[1]] = 0.0
+            return forced
+
+    ids, _ = generate(packed("llama"), processors=[Count()], max_new_tokens=5)
+    assert ids[0, PROMPT.shape[1] :].tolist() == [6, 7, 8, 9, 10]
+
+
+def test_an_end_token_and_a_criterion_stop_the_loop():
+    class AtTen(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] >= 10])
+
+    free = generate(packed("llama"))[0][0, PROMPT.shape[1] :].tolist()
+    end = free[4]
+    ids, _ = generate(packed("llama"), eos_token_id=end)
+    assert ids[0, PROMPT.shape[1] :].tolist() == free[: free.index(end) + 1]
+    ids, _ = generate(packed("llama"), stopping_criteria=StoppingCriteriaList([AtTen()]))
+    assert ids.shape[1] == 10
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_prompt_longer_than_a_block_and_a_reply_across_blocks(chunk):
+    ids = torch.arange(BLOCK_TOKENS + 10)[None] % 250
+    options = {"max_new_tokens": BLOCK_TOKENS, "prefill_chunk_size": chunk}
+    lean_ids, lean = generate(
+        packed("llama"), ids, past_key_values=DynamicCache(config=packed("llama").config), **options
+    )
+    stock_ids, stock = generate(packed("llama"), ids, lean=False)
+    same = (lean_ids[:, : stock_ids.shape[1]] == stock_ids).all()
+    assert same
+    assert (lean[:40] - stock).abs().max() < 2e-3 * stock.abs().max()
+    assert lean_ids.shape[1] == ids.shape[1] + BLOCK_TOKENS
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 17])
+def test_a_streamer_that_raises_leaves_a_cache_that_goes_on(fail_at):
+    model, cache = packed("llama"), DynamicCache(config=packed("llama").config)
+    log = Log(fail_at)
+    with pytest.raises(InterruptedError):
+        generate(model, streamer=log, past_key_values=cache)
+    assert log.ended == 0
+    known = torch.cat([log.puts[0][0], *log.puts[1:]])
+    assert cache.get_seq_length() == len(known)
+    whole, _ = generate(model)
+    assert torch.equal(known, whole[0, : len(known)])
+
+    n_kept = len(PROMPT[0]) - 2
+    cache.crop(-(len(known) - n_kept))
+    again, _ = generate(model, whole[:, : len(known)], past_key_values=cache, max_new_tokens=10)
+    assert torch.equal(again, whole[:, : len(known) + 10])
+
+
+def test_two_caches_in_turn_do_not_mix():
+    model = packed("llama")
+    other = PROMPT.flip(1)
+    expected = [generate(model, ids)[0] for ids in (PROMPT, other)]
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    firsts = [
+        generate(model, ids, past_key_values=cache, max_new_tokens=10)[0]
+        for ids, cache in zip((PROMPT, other), caches, strict=True)
+    ]
+    for first, cache, whole in zip(firsts, caches, expected, strict=True):
+        branch = copy.deepcopy(cache)
+        for kept in (cache, branch):
+            assert torch.equal(generate(model, first, past_key_values=kept, max_new_tokens=30)[0], whole)
+
+
+def test_windows_and_other_caches_are_not_continued():
+    assert is_continuable(DynamicCache(config=WITH_STEP["llama"]))
+    assert not is_continuable(DynamicCache(config=WITHOUT_STEP["mistral with a window"]))
+    assert not is_continuable(None)
+
+
+@given(st.lists(st.integers(-300, 300), min_size=1, max_size=8))
+def test_a_growing_layer_is_a_dynamic_layer(steps):
+    """Positive steps append that many positions, negative ones crop."""
+    torch.manual_seed(0)
+    plain, growing = DynamicLayer(), GrowingLayer()
+    for step in steps:
+        if step > 0:
+            states = torch.randn(2, 1, 2, step, 4)
+            expected, result = plain.update(*states), growing.update(*states)
+            assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+        else:
+            n = min(-step, plain.get_seq_length())
+            plain.crop(-n)
+            growing.crop(-n)
+            growing = copy.deepcopy(growing)
+        assert growing.get_seq_length() == plain.get_seq_length()
+        assert growing.get_mask_sizes(3) == plain.get_mask_sizes(3)
+        if plain.is_initialized:
+            assert torch.equal(growing.keys, plain.keys)
+            assert torch.equal(growing.values, plain.values)
+    growing.reset()
+    assert growing.get_seq_length() == 0
+    with pytest.raises(ValueError, match="negative number"):
+        growing.crop(3)

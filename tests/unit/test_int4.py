@@ -189,9 +189,7 @@ def test_a_model_without_linears_is_refused_in_a_sentence(tmp_path):
 def test_another_device_is_refused_in_a_sentence(tmp_path):
     random_model(WITH_STEP["llama"]).save_pretrained(tmp_path)
     with pytest.raises(ModelUnavailable, match="run on the CPU only"):
-        AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=int4.Int4Config(), device_map={"": "cuda:0"}
-        )
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=int4.Int4Config(), device_map={"": "cuda:0"})
 
 
 def test_auto_packs_on_a_cpu_unless_told_otherwise(monkeypatch):

@@ -76,7 +76,8 @@ def llama() -> Callable[[], float]:
 
     def run() -> float:
         model.reset()
-        return tokens_per_s(model.create_completion(PROMPT, max_tokens=N_TOKENS, temperature=0, stream=True))
+        chunks = model.create_completion(PROMPT, max_tokens=N_TOKENS, temperature=0, stream=True)
+        return tokens_per_s(chunk for chunk in chunks if chunk["choices"][0]["finish_reason"] is None)
 
     return run
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from streaming.errors import BrookError, ModelUnavailable
+from streaming.errors import BrookError
 from streaming.models.sources import find_model
 from streaming.server.address import require_free
 from streaming.settings import load_settings
@@ -40,7 +40,7 @@ def main() -> int:
             print("A share link cannot be had (Gradio's relay is out of reach); the page goes on at the address above.")
         engine.wait_ready()
         app.block_thread()
-    except ModelUnavailable as error:
+    except BrookError as error:
         return _refuse(error)
     finally:
         engine.close()

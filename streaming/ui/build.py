@@ -14,7 +14,8 @@ from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
 
 from streaming.engine.base import Engine
-from streaming.errors import BrookError
+from streaming.errors import AddressUnavailable, BrookError
+from streaming.server.address import require_free
 from streaming.server.health import health_route
 from streaming.settings import Settings
 from streaming.ui.chat import ChatHandlers, ChatSession
@@ -108,23 +109,30 @@ def launch_app(
     """Serve the page with its looks, `/healthz` and `routes`, without blocking; give its address and its share link.
 
     The link is None where none was asked for, or none could be had.
+
+    Raises:
+        AddressUnavailable: nothing can listen there.
     """
     own_routes = [health_route(engine), Mount(f"/{ASSETS_URL}", StaticFiles(directory=ASSETS)), *routes]
-    with contextlib.redirect_stdout(io.StringIO()):  # Gradio tells of addresses and missing links at length
-        _, url, share_url = app.launch(
-            prevent_thread_lock=True,
-            server_name=settings.host,
-            server_port=settings.port or None,
-            share=settings.share,
-            auth=list(settings.auth) or None,
-            theme=build_theme(),
-            head="".join(f'<link rel="stylesheet" href="{_url(name)}">' for name in SHEETS),
-            app_kwargs={"routes": own_routes, "middleware": [Middleware(SecurityHeaders)]},
-            favicon_path=ASSETS / "favicon.png",
-            footer_links=[],
-            ssr_mode=False,
-            pwa=False,
-        )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # Gradio tells of addresses and missing links at length
+            _, url, share_url = app.launch(
+                prevent_thread_lock=True,
+                server_name=settings.host,
+                server_port=settings.port or None,
+                share=settings.share,
+                auth=list(settings.auth) or None,
+                theme=build_theme(),
+                head="".join(f'<link rel="stylesheet" href="{_url(name)}">' for name in SHEETS),
+                app_kwargs={"routes": own_routes, "middleware": [Middleware(SecurityHeaders)]},
+                favicon_path=ASSETS / "favicon.png",
+                footer_links=[],
+                ssr_mode=False,
+                pwa=False,
+            )
+    except OSError as error:  # another program took the port while this one started
+        require_free(settings.host, settings.port)
+        raise AddressUnavailable(f"Cannot listen on {settings.host}:{settings.port} ({error}).") from error
     return url, share_url
 
 

@@ -26,6 +26,7 @@ def main() -> int:
         quantize=settings.quantize,
         offline=settings.offline,
         cache_dir=settings.cache_dir,
+        max_cache_bytes=None if settings.cache_memory is None else settings.cache_memory * 10**6,
     )
     try:
         from streaming.ui.build import build_app, launch_app  # while the model loads

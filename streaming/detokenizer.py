@@ -18,7 +18,6 @@ from streaming.errors import StreamerMisuse
 
 _REPLACEMENT = "\ufffd"
 _MAX_UNFINISHED_BYTES = 3  # of one character in UTF-8
-_MAX_ID = 2**32  # ids are u32 in `tokenizers`
 _MAX_WINDOW = 6  # pieces; more are decoded only while their text is not settled
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _EACH_BYTE = "brook-replace-each-byte"
@@ -47,27 +46,31 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Any, context_ids: Iterable[int] = (), *, skip_special_tokens: bool = False) -> None:
-        vocabulary = _read(tokenizer, skip_special_tokens)
-        self._piece, self._join, self._skipped_ids, self._has_byte_pieces = vocabulary
+        self._piece, self._join, self._skipped_ids, self._has_byte_pieces, self._n_ids = _read(
+            tokenizer, skip_special_tokens
+        )
         self._window: list[Any] = []  # the pieces that still count: some were given, and decide on a space
         self._n_clean = 0  # pieces of the window, up to the last moment when nothing was held
         self._n_given = 0  # characters of the window's text that were given
         self._run: list[str] = []  # byte pieces after the window, of a character that is not whole yet
         self._bytes = b""  # theirs
-        self._held = ""
-        self._follows: dict[Any, bool] = {}  # whether a piece is written the same before another
+        self.held = ""  # the text, as it stands, that a further token may still change: what flush() would give
+        self._simple: set[Any] = set()  # pieces that are written the same before another
         self.context_text = "".join(self.feed(token_id) for token_id in context_ids)
-
-    @property
-    def held(self) -> str:
-        """The text, as it stands, that a further token may still change: what `flush()` would give."""
-        return self._held
 
     def feed(self, token_id: int) -> str:
         """Give the text that this token settles: empty while a character is unfinished."""
         if token_id in self._skipped_ids:
             return ""
-        piece = self._piece(token_id)
+        try:
+            piece = self._piece(token_id) if token_id >= 0 else None
+        except (OverflowError, IndexError):  # `tokenizers` has 32 bits for an id
+            piece = None
+        if piece is None:
+            raise StreamerMisuse(
+                f"Token id {token_id} is not one of the {self._n_ids:,} that the tokenizer knows; "
+                "give the model's own tokenizer."
+            )
         if not self._has_byte_pieces:
             return self._feed_piece(piece)
         byte = _BYTE_PIECE.fullmatch(piece)
@@ -77,7 +80,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """Give what is held, because nothing that comes can change it: there is no more, or it is of another kind."""
-        text, self._held = self._held, ""
+        text, self.held = self.held, ""
         if self._bytes:
             self._restart(self._run)
             self._run, self._bytes = [], b""
@@ -90,11 +93,13 @@ class Detokenizer:
         window = self._window
         window.append(piece)
         whole = self._join(window)
-        n_settled = self._count_settled(window, whole)
+        # The quick way to what _count_settled() gives for nearly every token.
+        is_settled = piece in self._simple and not whole.endswith(_REPLACEMENT)
+        n_settled = len(whole) if is_settled else self._count_settled(window, whole)
         text = whole[self._n_given : n_settled]
         self._n_given += len(text)
-        self._held = whole[self._n_given :]
-        if self._held:
+        self.held = whole[self._n_given :]
+        if self.held:
             if len(window) - self._n_clean > _MAX_WINDOW:
                 text += self._let_go()
         elif text:
@@ -105,9 +110,13 @@ class Detokenizer:
 
     def _count_settled(self, window: list[Any], whole: str) -> int:
         """Count the characters of `whole`, the window's text, that stay whatever comes next."""
-        n_settled = len(whole)
-        if not self._is_followed_as_it_is(window[-1]):
-            n_settled = _n_common(whole, self._join([*window, window[-1]]))
+        n_settled, piece = len(whole), window[-1]
+        if piece not in self._simple:
+            # "hel@@" is "hel" before any other piece, such as itself.
+            if self._join([piece, piece]).startswith(self._join([piece])):
+                self._simple.add(piece)
+            else:
+                n_settled = _n_common(whole, self._join([*window, piece]))
         if whole.endswith(_REPLACEMENT):
             n_replaced = len(whole) - len(whole.rstrip(_REPLACEMENT))
             n_settled = min(n_settled, len(whole) - min(n_replaced, _MAX_UNFINISHED_BYTES))
@@ -115,29 +124,22 @@ class Detokenizer:
 
     def _let_go(self) -> str:
         """Settle the older pieces where something is held again and again, as with bytes that make no character."""
-        held = self._held
+        held = self.held
         # A character that is not whole yet has no more pieces than bytes; one more tells where it begins.
         self._window = self._window[-_MAX_UNFINISHED_BYTES - 1 :]
         whole = self._join(self._window)
         n_held = min(len(held), len(whole) - self._count_settled(self._window, whole))
         self._n_clean = 0
         self._n_given = len(whole) - n_held
-        self._held = held[len(held) - n_held :]
+        self.held = held[len(held) - n_held :]
         return held[: len(held) - n_held]
-
-    def _is_followed_as_it_is(self, piece: Any) -> bool:
-        """Whether another piece leaves this one's text alone; "hel@@" is "hel" before any other, such as itself."""
-        known = self._follows.get(piece)
-        if known is None:
-            known = self._follows[piece] = self._join([piece, piece]).startswith(self._join([piece]))
-        return known
 
     def _feed_byte(self, piece: str, byte: int) -> str:
         self._run.append(piece)
         self._bytes += bytes([byte])
         text, n_read = codecs.utf_8_decode(self._bytes, _EACH_BYTE, False)
         self._bytes = self._bytes[n_read:]
-        self._held = _REPLACEMENT * len(self._bytes)
+        self.held = _REPLACEMENT * len(self._bytes)
         if n_read:
             if n_read == 1 and not self._window:
                 text = self._join(self._run[:1])  # the first piece of all may lose a leading space
@@ -152,21 +154,26 @@ class Detokenizer:
         self._n_given = len(self._join(window))
 
 
-def _read(tokenizer: Any, skip_special_tokens: bool) -> tuple[_Piece, _Join, Container[int], bool]:
-    """Give what a Detokenizer needs of a tokenizer: id → piece, pieces → text, ids to skip, has it byte pieces."""
+def _read(tokenizer: Any, skip_special_tokens: bool) -> tuple[_Piece, _Join, Container[int], bool, int]:
+    """Give what a Detokenizer needs of a tokenizer: id → piece (None: unknown), pieces → text, ids to skip, whether
+    there are byte pieces, and how many ids it knows.
+    """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor, which TextStreamer takes as well
     backend = _backend(tokenizer)
     if backend is not None:
         added = backend.get_added_tokens_decoder() if skip_special_tokens else {}
         skipped_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         join = " ".join if backend.decoder is None else backend.decoder.decode
-        return functools.partial(_look_up, backend), join, skipped_ids, join(["<0xC3>", "<0xA9>"]) == "é"
+        has_byte_pieces = join(["<0xC3>", "<0xA9>"]) == "é"
+        return backend.id_to_token, join, skipped_ids, has_byte_pieces, backend.get_vocab_size()
     if not callable(getattr(tokenizer, "decode", None)):
         raise StreamerMisuse(
             f"A streamer needs the model's tokenizer, which has decode(), but got {type(tokenizer).__name__}."
         )
     skipped_ids = frozenset(getattr(tokenizer, "all_special_ids", ()) if skip_special_tokens else ())
-    return functools.partial(_check, len(tokenizer)), functools.partial(_decode, tokenizer), skipped_ids, False
+    n_ids = len(tokenizer)
+    # The pieces of a tokenizer in Python are the ids themselves: only its decode() knows how they join.
+    return range(n_ids).__getitem__, functools.partial(_decode, tokenizer), skipped_ids, False, n_ids
 
 
 def _backend(tokenizer: Any) -> Tokenizer | None:
@@ -182,28 +189,9 @@ def _backend(tokenizer: Any) -> Tokenizer | None:
     return tokenizer.backend_tokenizer if is_plain else None
 
 
-def _look_up(backend: Tokenizer, token_id: int) -> str:
-    piece = backend.id_to_token(token_id) if 0 <= token_id < _MAX_ID else None
-    if piece is None:
-        raise _unknown(token_id, backend.get_vocab_size())
-    return piece
-
-
-def _check(n_ids: int, token_id: int) -> int:
-    if not 0 <= token_id < n_ids:
-        raise _unknown(token_id, n_ids)
-    return token_id
-
-
 def _decode(tokenizer: Any, token_ids: list[int]) -> str:
     text: str = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
     return text
-
-
-def _unknown(token_id: int, n_ids: int) -> StreamerMisuse:
-    return StreamerMisuse(
-        f"Token id {token_id} is not one of the {n_ids:,} that the tokenizer knows; give the model's own tokenizer."
-    )
 
 
 def _n_common(a: str, b: str) -> int:
@@ -230,31 +218,26 @@ class StopMatcher:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(s for s in stop if s)
-        self._held = ""
+        self.held = ""  # text that was fed but may be the beginning of a stop string
         self.matched: str | None = None
-
-    @property
-    def held(self) -> str:
-        """Text that was fed but may be the beginning of a stop string."""
-        return self._held
 
     def feed(self, text: str) -> str:
         """Give the text that is certain to lie before any stop string."""
         if not self._stop or self.matched is not None:
             return "" if self.matched is not None else text
-        text = self._held + text
+        text = self.held + text
         found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
             _, at, self.matched = min(found)
-            self._held = ""
+            self.held = ""
             return text[:at]
         n_held = max(_overlap(text, s) for s in self._stop)
-        self._held = text[len(text) - n_held :]
+        self.held = text[len(text) - n_held :]
         return text[: len(text) - n_held]
 
     def flush(self) -> str:
         """Give what was held back, because no more text comes."""
-        text, self._held = self._held, ""
+        text, self.held = self.held, ""
         return text
 
 

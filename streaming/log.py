@@ -8,6 +8,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 
 from streaming.errors import StreamerMisuse, StreamTimeout
 from streaming.events import Event, FinishEvent, TokenEvent
@@ -20,6 +21,7 @@ class EventLog:
         self._events: list[Event] = []
         self._changed = threading.Condition()
         self._finish: FinishEvent | None = None
+        self._n_waiting = 0  # readers to notify: with none, an append costs half
         self._listeners: tuple[Callable[[], None], ...] = ()
 
     def append(self, event: Event) -> None:
@@ -34,7 +36,8 @@ class EventLog:
             self._events.append(event)
             if isinstance(event, FinishEvent):
                 self._finish = event
-            self._changed.notify_all()
+            if self._n_waiting:
+                self._changed.notify_all()
         for listener in self._listeners:
             listener()
 
@@ -69,7 +72,8 @@ class EventLog:
         """Wait until there are events from offset `after`, a `touch()`, or `timeout` seconds; give what is there."""
         with self._changed:
             if len(self._events) <= after and self.finish is None:
-                self._changed.wait(timeout)
+                with self._waiting():
+                    self._changed.wait(timeout)
             return self._events[after:]
 
     async def wait_async(self, after: int, timeout: float | None = None) -> list[Event]:
@@ -98,8 +102,18 @@ class EventLog:
     def wait_finish(self, timeout: float | None = None) -> FinishEvent | None:
         """Wait for the FinishEvent, at most `timeout` seconds; None when it has not come."""
         with self._changed:
-            self._changed.wait_for(lambda: self.finish is not None, timeout)
+            with self._waiting():
+                self._changed.wait_for(lambda: self.finish is not None, timeout)
             return self.finish
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Be counted among those to notify; the lock is held."""
+        self._n_waiting += 1
+        try:
+            yield
+        finally:
+            self._n_waiting -= 1
 
     def events(self, after: int = 0, timeout: float | None = None) -> Iterator[Event]:
         """Follow the log from offset `after` to its FinishEvent.

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,7 +184,10 @@ class Session:
 
 
 def say(text: str) -> None:
-    """Tell the person something that is no reply."""
+    """Tell the person something that is no reply; a terminal gets it wrapped."""
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        text = "\n".join(textwrap.fill(line, columns) for line in text.split("\n"))
     print(text, file=sys.stderr, flush=True)
 
 

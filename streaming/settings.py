@@ -24,7 +24,8 @@ _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 class Settings:
     """What the app was asked to do.
 
-    `model` is None for the default model. `auth` holds (user, password) pairs and stays out of the repr.
+    `model` is None for the default model. `cache_memory` counts MB; None leaves it to the engine.
+    `auth` holds (user, password) pairs and stays out of the repr.
     `data_dir` is for what cannot be had again, such as conversations, `cache_dir` for what can.
     """
 
@@ -33,6 +34,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "auto"
+    cache_memory: int | None = None
     host: str = "127.0.0.1"
     port: int = 7860
     share: bool = False
@@ -92,6 +94,8 @@ class _Parser(argparse.ArgumentParser):
                 help="how weights are held (default: auto, the fastest on the device)"),
             self.add_argument("--quantize", choices=QUANTIZATIONS,
                 help="how weights are packed (default: auto, what suits model and device)"),
+            self.add_argument("--cache-memory", metavar="MB", type=_megabytes,
+                help="memory for what was read before, 0 for none (default: a quarter of the free, at most 2048)"),
             self.add_argument("--host", type=_text,
                 help=f"address to listen on, 0.0.0.0 for all (default: {host})"),
             self.add_argument("--port", type=_port,
@@ -144,6 +148,12 @@ def device_name(value: str) -> str:
 def _port(value: str) -> int:
     if not value.isascii() or not value.isdigit() or int(value) > 65535:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 65535, not {value!r}")
+    return int(value)
+
+
+def _megabytes(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or int(value) > 2**40:
+        raise argparse.ArgumentTypeError(f"must be a whole number of megabytes, not {value!r}")
     return int(value)
 
 

@@ -42,6 +42,9 @@ _FLOAT = 4
 _OUT_TILES, _GATE_TILES, _DOWN_TILES, _HEAD_TILES = 4, 4, 2, 32
 PHASES_A_LAYER = 5
 
+# The columns of a head that attention takes at once.
+ATTENTION_COLUMNS = 64
+
 
 @inline
 def _norm_factor(x, count, eps):
@@ -85,37 +88,53 @@ def _project_head(weight, block_bytes, bias, index, rounded, out, step):
 
 
 @apart
+def _score(query, keys, length, row_bytes, scores):
+    """Write keys @ query over `length` positions, and -inf up to a whole vector, to `scores`; return the largest."""
+    for at in range(0, row_bytes, ATTENTION_COLUMNS * _FLOAT):
+        q, key = query + at, keys + at
+        q0, q1, q2, q3 = simd.load(q), simd.load(q + 64), simd.load(q + 128), simd.load(q + 192)
+        for position in range(length):
+            low = simd.fma(q1, simd.load(key + 64), simd.multiply(q0, simd.load(key)))
+            high = simd.fma(q3, simd.load(key + 192), simd.multiply(q2, simd.load(key + 128)))
+            score = simd.total(simd.add(low, high))
+            if at:
+                score += simd.load_float(scores + position * _FLOAT)
+            simd.store_float(scores + position * _FLOAT, score)
+            key += row_bytes
+    for position in range(length, -(-length // simd.LANES) * simd.LANES):
+        simd.store_float(scores + position * _FLOAT, np.float32(-np.inf))
+    top = simd.load(scores)
+    for at in range(scores, scores + length * _FLOAT, TILE_BYTES):
+        top = simd.larger(top, simd.load(at))
+    return simd.largest(top)
+
+
+@apart
 def _attend(query, keys, values, length, scores, out, head_dim):
     """Write softmax(keys @ query) @ values over `length` positions to `out`; `scores` is room for them."""
     row_bytes = head_dim * _FLOAT
-    top = np.float32(-np.inf)
-    for position in range(length):
-        key = keys + position * row_bytes
-        a, b = simd.splat(np.float32(0)), simd.splat(np.float32(0))
-        for at in range(0, row_bytes, 2 * TILE_BYTES):
-            a = simd.fma(simd.load(query + at), simd.load(key + at), a)
-            b = simd.fma(simd.load(query + at + TILE_BYTES), simd.load(key + at + TILE_BYTES), b)
-        score = simd.total(simd.add(a, b))
-        simd.store_float(scores + position * _FLOAT, score)
-        top = max(top, score)
-    padded = -(-length // simd.LANES) * simd.LANES
-    for position in range(length, padded):
-        simd.store_float(scores + position * _FLOAT, np.float32(-np.inf))
+    top = simd.splat(-_score(query, keys, length, row_bytes, scores))
     weights = simd.splat(np.float32(0))
-    for at in range(scores, scores + padded * _FLOAT, TILE_BYTES):
-        weight = simd.exp(simd.add(simd.load(at), simd.splat(-top)))
+    for at in range(scores, scores + length * _FLOAT, TILE_BYTES):
+        weight = simd.exp(simd.add(simd.load(at), top))
         simd.store(at, weight)
         weights = simd.add(weights, weight)
     factor = simd.splat(np.float32(1) / simd.total(weights))
-    for at in range(0, row_bytes, 2 * TILE_BYTES):
-        a, b = simd.splat(np.float32(0)), simd.splat(np.float32(0))
+    for at in range(0, row_bytes, ATTENTION_COLUMNS * _FLOAT):
+        value = values + at
+        a = simd.splat(np.float32(0))
+        b, c, d = a, a, a
         for position in range(length):
             weight = simd.load_splat(scores + position * _FLOAT)
-            value = values + position * row_bytes + at
             a = simd.fma(weight, simd.load(value), a)
-            b = simd.fma(weight, simd.load(value + TILE_BYTES), b)
+            b = simd.fma(weight, simd.load(value + 64), b)
+            c = simd.fma(weight, simd.load(value + 128), c)
+            d = simd.fma(weight, simd.load(value + 192), d)
+            value += row_bytes
         simd.store(out + at, simd.multiply(a, factor))
-        simd.store(out + at + TILE_BYTES, simd.multiply(b, factor))
+        simd.store(out + at + 64, simd.multiply(b, factor))
+        simd.store(out + at + 128, simd.multiply(c, factor))
+        simd.store(out + at + 192, simd.multiply(d, factor))
 
 
 @inline

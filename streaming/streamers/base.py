@@ -22,6 +22,8 @@ from streaming.streamers.row import RowStream
 
 State = Literal["new", "open", "ended"]
 
+_SHAPES = "put() takes token ids: first the prompts, (batch, seq), then at each step (batch,)."
+
 
 class EventStreamer(BaseStreamer):
     """Turn `put()` and `end()` into events; a subclass says where they go, with the `on_*` methods.
@@ -77,6 +79,10 @@ class EventStreamer(BaseStreamer):
     def on_end(self) -> None:
         """Learn that every row has ended."""
 
+    def _emitter(self, row: int) -> Callable[[Event], None]:
+        """Give what takes a row's events: `on_event`, or something quicker that does the same."""
+        return functools.partial(self.on_event, row)
+
     # What generate() calls
 
     def put(self, value: torch.Tensor) -> None:
@@ -119,10 +125,11 @@ class EventStreamer(BaseStreamer):
     # Rows
 
     def _take(self, value: torch.Tensor) -> None:
-        if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.dim() not in (1, 2):
-            raise StreamerMisuse("put() takes a tensor of token ids: first (batch, seq), then (batch,) at each step.")
-        if value.dim() == 1 or self._is_wide_step(value):
-            self._put_step(value)
+        n_dims = value.dim() if isinstance(value, torch.Tensor) else 0
+        if n_dims not in (1, 2):
+            raise StreamerMisuse(_SHAPES)
+        if n_dims == 1 or self._is_wide_step(value):
+            self._put_step(value, n_dims)
         else:
             self._refuse_if_busy()
             self._open(value)
@@ -145,16 +152,16 @@ class EventStreamer(BaseStreamer):
         self.fail(StreamerMisuse("generate() went away without ending its stream."))
 
     def _open(self, prompts: torch.Tensor) -> None:
+        if prompts.is_floating_point() or prompts.shape[0] == 0:
+            raise StreamerMisuse(_SHAPES)
         rows = prompts.tolist()
-        if not rows:
-            raise StreamerMisuse("The prompt that put() brings first must have at least one row.")
         if len(rows) > 1:
             rows = [_without_padding(ids, getattr(self.tokenizer, "pad_token_id", None)) for ids in rows]
         self._begin([len(ids) for ids in rows])
         for row, ids in enumerate(rows):
             context_ids = () if self.skip_prompt else ids
             detokenizer = Detokenizer(self.tokenizer, context_ids, skip_special_tokens=self._skip_special_tokens)
-            self._rows[row] = RowStream(detokenizer, functools.partial(self.on_event, row))
+            self._rows[row] = RowStream(detokenizer, self._emitter(row))
             if not self.skip_prompt:
                 self.on_prompt(row, detokenizer.context_text)
 
@@ -168,16 +175,20 @@ class EventStreamer(BaseStreamer):
         self._watch_thread()
         self.on_start(self._n_rows)
 
-    def _put_step(self, value: torch.Tensor) -> None:
+    def _put_step(self, value: torch.Tensor, n_dims: int) -> None:
         if self._state == "new":
             raise StreamerMisuse("The first put() must bring the prompt, (batch, seq), as generate() does.")
         if self._state == "ended":
             raise StreamerMisuse("put() came after the end; a new generation begins with its prompt, (batch, seq).")
         if self._n_rows == 1:
-            if value.dim() == 1:
+            token_ids = value.tolist()
+            if n_dims == 1:
                 self._only_wide_steps = False
-            for token_id in value.flatten().tolist():
-                self._rows[0].put(token_id)
+            else:
+                token_ids = token_ids[0]
+            put = self._rows[0].put
+            for token_id in token_ids:
+                put(token_id)
             return
         if value.shape[0] != self._n_rows:
             raise StreamerMisuse(f"put() got tokens for {value.shape[0]} rows, but the prompt had {self._n_rows}.")

@@ -66,6 +66,7 @@ class IteratorStreamer(EventStreamer):
         self._stream = Stream()
         self._next_stream = Stream()  # for readers who iterate again before the next generate() has begun
         self._read_stream: Stream | None = None
+        self._logs: list[EventLog] = []  # of the rows being written
         self._reader: Any = None  # of whoever iterates the streamer itself
         self._reader_stream = self._stream
         self._cancelled = False
@@ -124,12 +125,16 @@ class IteratorStreamer(EventStreamer):
         if self._stream.n_rows is not None:
             self._stream, self._next_stream = self._next_stream, Stream()
         self._stream.start(n_rows)
+        self._logs = [self._stream.log(row) for row in range(n_rows)]
 
     def on_prompt(self, row: int, text: str) -> None:
         self._stream.prompt_texts[row] = text
 
     def on_event(self, row: int, event: Event) -> None:
-        self._stream.log(row).append(event)
+        self._logs[row].append(event)
+
+    def _emitter(self, row: int) -> Callable[[Event], None]:
+        return self._logs[row].append
 
     # Iterating
 

@@ -27,6 +27,7 @@ class RowStream:
     ) -> None:
         self._detokenizer = detokenizer
         self._stop = StopMatcher(stop)
+        self._has_stop = bool(stop)
         self._emit = emit
         self._logprobs = logprobs
         self._started_at = time.perf_counter() if started_at is None else started_at
@@ -44,18 +45,22 @@ class RowStream:
     def put(self, token_id: int) -> None:
         """Add one token."""
         now_s = time.perf_counter() - self._started_at
-        text = self._stop.feed(self._detokenizer.feed(token_id))
+        text = self._detokenizer.feed(token_id)
+        if self._has_stop:
+            text = self._stop.feed(text)
         logprob, top = (None, None) if self._logprobs is None else self._logprobs(token_id)
-        before, self._waiting = self._waiting, TokenEvent(self.n_tokens, token_id, text, logprob, top, now_s)
+        event = TokenEvent(self.n_tokens, token_id, text, logprob, top, now_s)
         self.n_tokens += 1
         self.last_id = token_id
         self.last_at_s = now_s
         if self.first_at_s is None:
             self.first_at_s = now_s
-        if before is not None:
-            self._emit(before)
-        if not (self._stop.held or self._detokenizer.held):
+        if self._waiting is not None:
             self._release("")
+        if self._detokenizer.held or self._stop.held:
+            self._waiting = event
+        else:
+            self._emit(event)
 
     def end(self) -> None:
         """Flush the tail into the last token's event."""

@@ -174,10 +174,9 @@ def test_an_end_token_and_a_criterion_stop_the_loop():
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_a_prompt_longer_than_a_block_and_a_reply_across_blocks(chunk):
     ids = torch.arange(BLOCK_TOKENS + 10)[None] % 250
-    options = {"max_new_tokens": BLOCK_TOKENS, "prefill_chunk_size": chunk}
-    lean_ids, lean = generate(
-        packed("llama"), ids, past_key_values=DynamicCache(config=packed("llama").config), **options
-    )
+    cache = DynamicCache(config=packed("llama").config)
+    options = {"max_new_tokens": BLOCK_TOKENS, "prefill_chunk_size": chunk, "past_key_values": cache}
+    lean_ids, lean = generate(packed("llama"), ids, **options)
     stock_ids, stock = generate(packed("llama"), ids, lean=False)
     same = (lean_ids[:, : stock_ids.shape[1]] == stock_ids).all()
     assert same

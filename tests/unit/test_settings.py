@@ -35,7 +35,8 @@ def test_settings_cannot_be_changed():
 def test_every_flag_is_read(tmp_path):
     given = load(
         "--model", "a/b", "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
-        "--quantize", "none", "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
+        "--quantize", "none",
+        "--cache-memory", "64", "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
         "--data-dir", str(tmp_path), "--offline",
     )  # fmt: skip
     assert given == Settings(
@@ -44,6 +45,7 @@ def test_every_flag_is_read(tmp_path):
         device="cuda:1",
         dtype="float32",
         quantize="none",
+        cache_memory=64,
         host="::1",
         port=0,
         share=True,
@@ -61,6 +63,7 @@ def test_every_flag_has_a_twin(tmp_path):
         "BROOK_DEVICE": "cpu",
         "BROOK_DTYPE": "bfloat16",
         "BROOK_QUANTIZE": "none",
+        "BROOK_CACHE_MEMORY": "64",
         "BROOK_HOST": "0.0.0.0",
         "BROOK_PORT": "8000",
         "BROOK_SHARE": "1",
@@ -74,6 +77,7 @@ def test_every_flag_has_a_twin(tmp_path):
         device="cpu",
         dtype="bfloat16",
         quantize="none",
+        cache_memory=64,
         host="0.0.0.0",
         port=8000,
         share=True,
@@ -92,7 +96,7 @@ def test_every_setting_has_a_flag_and_help_with_its_default(capsys):
     for name in {field.name for field in dataclasses.fields(Settings)} - {"cache_dir"}:
         flag = "--" + name.replace("_", "-")
         assert flag in help_text
-    assert help_text.count("(default: ") == 11
+    assert help_text.count("(default: ") == 12
 
 
 def test_a_flag_wins_over_its_twin_and_does_not_add_to_it():
@@ -149,6 +153,7 @@ def test_a_value_out_of_a_choice_names_the_choices(capsys):
     ("twin", "value", "says"),
     [
         ("BROOK_PORT", "x", "BROOK_PORT: must be a number from 0 to 65535, not 'x'"),
+        ("BROOK_CACHE_MEMORY", "-1", "BROOK_CACHE_MEMORY: must be a whole number of megabytes, not '-1'"),
         ("BROOK_SHARE", "maybe", "BROOK_SHARE: must be 1 or 0, not 'maybe'"),
         ("BROOK_AUTH", "a:b,,c:d", "BROOK_AUTH: must be USER:PASSWORD, with neither of them empty"),
         ("BROOK_AUTH", "secret", "BROOK_AUTH: must be USER:PASSWORD, with neither of them empty"),

@@ -78,9 +78,9 @@ class LlamaStep:
     def continuing(self, cache: DynamicCache) -> Callable[[int], torch.Tensor]:
         """Return a function that appends a token to a cache of one sequence and returns the logits after it.
 
-        The cache's layers become GrowingLayers; `is_continuable(cache)` must hold. Logits are float32 `(1, vocab)`.
+        `is_continuable(cache)` must hold; its layers become GrowingLayers of float16. Logits are float32 `(1, vocab)`.
         """
-        layers = make_growing(cache)
+        layers = make_growing(cache, torch.float16)
         self._capacity = 0
         return functools.partial(self._read, layers)
 

@@ -119,6 +119,16 @@ def store(_context: Any, _address: Any, _vector: Any) -> Any:
 
 
 @intrinsic
+def store_halves(_context: Any, _address: Any, _vector: Any) -> Any:
+    """Round sixteen float32 values to float16 and write them."""
+
+    def emit(builder: Any, address: Any, vector: Any) -> None:
+        _store(builder, address, builder.fptrunc(vector, _HALVES), 2)
+
+    return _operation(types.void(types.int64, f32x16), emit)
+
+
+@intrinsic
 def load_float(_context: Any, _address: Any) -> Any:
     """Read one float32 value."""
     return _operation(types.float32(types.int64), lambda b, at: _load(b, at, _FLOAT, 4))

@@ -7,8 +7,10 @@ cuts that text at the first stop string in the same two calls. The joined output
 
 import codecs
 import functools
+import json
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -22,8 +24,7 @@ _MAX_WINDOW = 6  # pieces; more are decoded only while their text is not settled
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _EACH_BYTE = "brook-replace-each-byte"
 
-_Piece = Callable[[int], Any]
-_Join = Callable[[list[Any]], str]
+_APPENDING = {"BPEDecoder", "ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
 
 
 class Detokenizer:
@@ -46,16 +47,18 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Any, context_ids: Iterable[int] = (), *, skip_special_tokens: bool = False) -> None:
-        self._piece, self._join, self._skipped_ids, self._has_byte_pieces, self._n_ids = _read(
-            tokenizer, skip_special_tokens
-        )
+        vocabulary = _read(tokenizer, skip_special_tokens)
+        self._piece, self._join = vocabulary.piece, vocabulary.join
+        self._skipped_ids = vocabulary.skipped_ids
+        self._has_byte_pieces = vocabulary.has_byte_pieces
+        self._only_appends = vocabulary.only_appends
+        self._n_ids = vocabulary.n_ids
         self._window: list[Any] = []  # the pieces that still count: some were given, and decide on a space
         self._n_clean = 0  # pieces of the window, up to the last moment when nothing was held
         self._n_given = 0  # characters of the window's text that were given
         self._run: list[str] = []  # byte pieces after the window, of a character that is not whole yet
         self._bytes = b""  # theirs
         self.held = ""  # the text, as it stands, that a further token may still change: what flush() would give
-        self._simple: set[Any] = set()  # pieces that are written the same before another
         self.context_text = "".join(self.feed(token_id) for token_id in context_ids)
 
     def feed(self, token_id: int) -> str:
@@ -94,7 +97,7 @@ class Detokenizer:
         window.append(piece)
         whole = self._join(window)
         # The quick way to what _count_settled() gives for nearly every token.
-        is_settled = piece in self._simple and not whole.endswith(_REPLACEMENT)
+        is_settled = self._only_appends and not whole.endswith(_REPLACEMENT)
         n_settled = len(whole) if is_settled else self._count_settled(window, whole)
         text = whole[self._n_given : n_settled]
         self._n_given += len(text)
@@ -110,13 +113,10 @@ class Detokenizer:
 
     def _count_settled(self, window: list[Any], whole: str) -> int:
         """Count the characters of `whole`, the window's text, that stay whatever comes next."""
-        n_settled, piece = len(whole), window[-1]
-        if piece not in self._simple:
+        n_settled = len(whole)
+        if not self._only_appends:
             # "hel@@" is "hel" before any other piece, such as itself.
-            if self._join([piece, piece]).startswith(self._join([piece])):
-                self._simple.add(piece)
-            else:
-                n_settled = _n_common(whole, self._join([*window, piece]))
+            n_settled = _n_common(whole, self._join([*window, window[-1]]))
         if whole.endswith(_REPLACEMENT):
             n_replaced = len(whole) - len(whole.rstrip(_REPLACEMENT))
             n_settled = min(n_settled, len(whole) - min(n_replaced, _MAX_UNFINISHED_BYTES))
@@ -154,18 +154,32 @@ class Detokenizer:
         self._n_given = len(self._join(window))
 
 
-def _read(tokenizer: Any, skip_special_tokens: bool) -> tuple[_Piece, _Join, Container[int], bool, int]:
-    """Give what a Detokenizer needs of a tokenizer: id → piece (None: unknown), pieces → text, ids to skip, whether
-    there are byte pieces, and how many ids it knows.
-    """
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """What a Detokenizer needs of a tokenizer."""
+
+    piece: Callable[[int], Any]  # of an id; None where there is none
+    join: Callable[[list[Any]], str]  # the text of pieces
+    skipped_ids: Container[int]
+    n_ids: int
+    has_byte_pieces: bool = False
+    only_appends: bool = False  # whether the text of pieces begins the text of more
+
+
+def _read(tokenizer: Any, skip_special_tokens: bool) -> _Vocabulary:
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor, which TextStreamer takes as well
     backend = _backend(tokenizer)
     if backend is not None:
         added = backend.get_added_tokens_decoder() if skip_special_tokens else {}
-        skipped_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         join = " ".join if backend.decoder is None else backend.decoder.decode
-        has_byte_pieces = join(["<0xC3>", "<0xA9>"]) == "é"
-        return backend.id_to_token, join, skipped_ids, has_byte_pieces, backend.get_vocab_size()
+        return _Vocabulary(
+            backend.id_to_token,
+            join,
+            frozenset(token_id for token_id, token in added.items() if token.special),
+            backend.get_vocab_size(),
+            has_byte_pieces=join(["<0xC3>", "<0xA9>"]) == "é",
+            only_appends=_only_appends(backend.decoder),
+        )
     if not callable(getattr(tokenizer, "decode", None)):
         raise StreamerMisuse(
             f"A streamer needs the model's tokenizer, which has decode(), but got {type(tokenizer).__name__}."
@@ -173,7 +187,18 @@ def _read(tokenizer: Any, skip_special_tokens: bool) -> tuple[_Piece, _Join, Con
     skipped_ids = frozenset(getattr(tokenizer, "all_special_ids", ()) if skip_special_tokens else ())
     n_ids = len(tokenizer)
     # The pieces of a tokenizer in Python are the ids themselves: only its decode() knows how they join.
-    return range(n_ids).__getitem__, functools.partial(_decode, tokenizer), skipped_ids, False, n_ids
+    return _Vocabulary(range(n_ids).__getitem__, functools.partial(_decode, tokenizer), skipped_ids, n_ids)
+
+
+def _only_appends(decoder: Any) -> bool:
+    """Whether a decoder (`tokenizers.decoders`) never writes pieces differently because of those that follow."""
+    if decoder is None:
+        return True
+    try:
+        state = json.loads(decoder.__getstate__())
+    except Exception:  # it is somebody's own
+        return False
+    return all(step["type"] in _APPENDING and not step.get("stop") for step in state.get("decoders", [state]))
 
 
 def _backend(tokenizer: Any) -> Tokenizer | None:

@@ -61,6 +61,7 @@ class EventStreamer(BaseStreamer):
         self._n_prompt_tokens: list[int] = []
         self._rows: dict[int, RowStream] = {}  # those that have not ended
         self._unfinished: set[int] = set()
+        self._put_one: Callable[[int], None] | None = None  # of the one row, where there is one
         self._only_wide_steps = True
         self._thread = threading.current_thread()
         self._lifeline: threading.local | None = None
@@ -88,7 +89,12 @@ class EventStreamer(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         """Take the prompts, `(batch, seq)`, then every step's new tokens, `(batch,)`, or `(1, n)` for one row."""
         try:
-            self._take(value)
+            if self._put_one is not None and isinstance(value, torch.Tensor) and value.dim() == 1:
+                self._only_wide_steps = False  # the quick way of _take() for nearly every call
+                for token_id in value.tolist():
+                    self._put_one(token_id)
+            else:
+                self._take(value)
         except BaseException as error:
             # It unwinds generate(), which will not call end().
             if self._state == "new" or self._thread is threading.current_thread():
@@ -129,7 +135,7 @@ class EventStreamer(BaseStreamer):
         if n_dims not in (1, 2):
             raise StreamerMisuse(_SHAPES)
         if n_dims == 1 or self._is_wide_step(value):
-            self._put_step(value, n_dims)
+            self._put_step(value)
         else:
             self._refuse_if_busy()
             self._open(value)
@@ -164,6 +170,7 @@ class EventStreamer(BaseStreamer):
             self._rows[row] = RowStream(detokenizer, self._emitter(row))
             if not self.skip_prompt:
                 self.on_prompt(row, detokenizer.context_text)
+        self._put_one = self._rows[0].put if len(rows) == 1 else None
 
     def _begin(self, n_prompt_tokens: list[int]) -> None:
         self._state = "open"
@@ -175,24 +182,17 @@ class EventStreamer(BaseStreamer):
         self._watch_thread()
         self.on_start(self._n_rows)
 
-    def _put_step(self, value: torch.Tensor, n_dims: int) -> None:
+    def _put_step(self, value: torch.Tensor) -> None:
         if self._state == "new":
             raise StreamerMisuse("The first put() must bring the prompt, (batch, seq), as generate() does.")
         if self._state == "ended":
             raise StreamerMisuse("put() came after the end; a new generation begins with its prompt, (batch, seq).")
-        if self._n_rows == 1:
-            token_ids = value.tolist()
-            if n_dims == 1:
-                self._only_wide_steps = False
-            else:
-                token_ids = token_ids[0]
-            put = self._rows[0].put
-            for token_id in token_ids:
-                put(token_id)
+        if self._put_one is not None:
+            for token_id in value[0].tolist():
+                self._put_one(token_id)
             return
         if value.shape[0] != self._n_rows:
             raise StreamerMisuse(f"put() got tokens for {value.shape[0]} rows, but the prompt had {self._n_rows}.")
-        self._only_wide_steps = False
         for row, token_id in enumerate(value.tolist()):
             if row in self._rows:
                 self._put_in_batch(row, token_id)
@@ -217,6 +217,7 @@ class EventStreamer(BaseStreamer):
                 self._end_row(row, reason_of(self._rows[row].last_id if row in self._rows else None), error)
         finally:
             self._state = "ended"
+            self._put_one = None
             self._lifeline = None
             self.on_end()
 

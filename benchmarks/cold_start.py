@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from transformers import AutoModelForCausalLM
 
 from benchmarks.peers import stock_model
 from benchmarks.report import report
@@ -87,6 +88,18 @@ def measure(command: list[str], port: int, arguments: list[Any]) -> tuple[float,
         raise RuntimeError(f"{command} ended without a token")
 
 
+def save_stock_model(folder: str) -> None:
+    """Write the model as the recipe finds it on the hub: plain bf16 weights, which a GGUF model refuses to save."""
+    dequantized, tokenizer = stock_model()
+    config = dequantized.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=dequantized.dtype)
+    plain.load_state_dict(dequantized.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -104,10 +117,7 @@ def main() -> None:
         return measure([sys.executable, "app.py", "--port", str(port)], port, [QUESTION, [], "", 64, 0, 1, 0, 0])
 
     with tempfile.TemporaryDirectory() as folder:
-        model, tokenizer = stock_model()
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        del model
+        save_stock_model(folder)
 
         def recipe() -> tuple[float, float]:
             port = free_port()

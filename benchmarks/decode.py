@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import TextIteratorStreamer
 
-from benchmarks.isolated import Isolated
+from benchmarks.isolated import BROOK_SPINS, Isolated
 from benchmarks.peers import N_THREADS, llama_cpp, stock_model
 from benchmarks.report import in_turn, median_ratio, report
 from benchmarks.step_profile import profile_step
@@ -98,7 +98,11 @@ def main() -> None:
         torch.set_num_threads(N_THREADS)
         profile_step()
         return
-    peers = {"Brook": Isolated(brook), "stock bf16": Isolated(stock), "llama.cpp": Isolated(llama)}
+    peers = {
+        "Brook": Isolated(brook, GOMP_SPINCOUNT=BROOK_SPINS),
+        "stock bf16": Isolated(stock),
+        "llama.cpp": Isolated(llama),
+    }
     for run in peers.values():
         run()  # warm up
     results = in_turn(peers, arguments.rounds)

@@ -5,20 +5,30 @@ than there are cores: llama.cpp runs at half its speed beside a model of PyTorch
 """
 
 import multiprocessing
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 TIMEOUT_S = 600
 
+# What `import streaming` sets when it comes before torch, as in the app; these modules import torch first.
+BROOK_SPINS = "1000"
+
 
 class Isolated:
-    """A callable whose work is done in another process: `build()`, called there once, gives what each call runs."""
+    """A callable whose work is done in another process: `build()`, called there once, gives what each call runs.
 
-    def __init__(self, build: Callable[[], Callable[[], float]]) -> None:
+    `environment` is what the process finds set beside this one's variables, of which GOMP_SPINCOUNT, which importing
+    Brook sets, is left out: peers run as they come.
+    """
+
+    def __init__(self, build: Callable[[], Callable[[], float]], **environment: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(build, theirs), daemon=True)
-        self._process.start()
+        with _environment(environment):
+            self._process.start()
         theirs.close()
 
     def __call__(self) -> float:
@@ -30,6 +40,18 @@ class Isolated:
     def close(self) -> None:
         self._connection.send(False)
         self._process.join(TIMEOUT_S)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.pop("GOMP_SPINCOUNT", None)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _serve(build: Callable[[], Callable[[], float]], connection: Connection) -> None:

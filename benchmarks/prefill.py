@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from benchmarks.isolated import Isolated
+from benchmarks.isolated import BROOK_SPINS, Isolated
 from benchmarks.peers import N_THREADS, llama_cpp, stock_model
 from benchmarks.report import in_turn, median_ratio, report
 from streaming.engine.decode_loop import decode_loop
@@ -75,7 +75,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
-    peers = {"Brook": Isolated(brook), "stock bf16": Isolated(stock), "llama.cpp": Isolated(llama)}
+    peers = {
+        "Brook": Isolated(brook, GOMP_SPINCOUNT=BROOK_SPINS),
+        "stock bf16": Isolated(stock),
+        "llama.cpp": Isolated(llama),
+    }
     for run in peers.values():
         run()  # warm up
     results = in_turn(peers, arguments.rounds)

@@ -1,7 +1,8 @@
 """Decoding speed: 128 greedy tokens as a reader sees them, from the first to the last.
 
 Brook's engine, the stock recipe (`Thread(target=model.generate)` + `TextIteratorStreamer`, bf16) and llama.cpp (same
-GGUF, same threads) take turns, so that a noisy minute hits all of them. `--profile` shows where Brook's step goes.
+GGUF, same threads), each in a process of its own, take turns, so that a noisy minute hits all of them. `--profile`
+shows where Brook's step goes.
 
     pip install -r requirements-bench.txt && python -m benchmarks.decode
 """
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import TextIteratorStreamer
 
+from benchmarks.isolated import BROOK_SPINS, Isolated
 from benchmarks.peers import N_THREADS, llama_cpp, stock_model
 from benchmarks.report import in_turn, median_ratio, report
 from benchmarks.step_profile import profile_step
@@ -45,19 +47,21 @@ class PerToken(TextIteratorStreamer):
         self.on_finalized_text("\0")
 
 
-def brook() -> tuple[Callable[[], float], Callable[[], None]]:
+def brook() -> Callable[[], float]:
     engine = load_engine()
+    torch.set_num_threads(N_THREADS)
 
     def run() -> float:
         request = GenerationRequest(prompt=PROMPT, max_new_tokens=N_TOKENS, temperature=0)
         events = engine.submit(request).events(timeout=120)
         return tokens_per_s(event for event in events if isinstance(event, TokenEvent))
 
-    return run, engine.close
+    return run
 
 
 def stock() -> Callable[[], float]:
     model, tokenizer = stock_model()
+    torch.set_num_threads(N_THREADS)
     inputs = tokenizer(PROMPT, return_tensors="pt")
 
     def run() -> float:
@@ -90,17 +94,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--profile", action="store_true", help="only show where Brook's decoding step goes")
     arguments = parser.parse_args()
-    torch.set_num_threads(N_THREADS)
     if arguments.profile:
+        torch.set_num_threads(N_THREADS)
         profile_step()
         return
-    run_brook, close = brook()
-    torch.set_num_threads(N_THREADS)
-    peers = {"Brook": run_brook, "stock bf16": stock(), "llama.cpp": llama()}
+    peers = {
+        "Brook": Isolated(brook, GOMP_SPINCOUNT=BROOK_SPINS),
+        "stock bf16": Isolated(stock),
+        "llama.cpp": Isolated(llama),
+    }
     for run in peers.values():
         run()  # warm up
     results = in_turn(peers, arguments.rounds)
-    close()
+    for peer in peers.values():
+        peer.close()
     ours = results["Brook"]
     rows = [
         [name, statistics.median(speeds), min(speeds), max(speeds), median_ratio(ours, speeds)]

@@ -1,13 +1,12 @@
 """Reading speed: a prompt of 1,024 tokens up to the logits of the first new token, nothing reused.
 
 Brook's model in chunks of 256 tokens, as its engine reads; the stock model (bf16) at once, as stock `generate()`
-does; and llama.cpp (same GGUF, same threads). They take turns.
+does; and llama.cpp (same GGUF, same threads). Each has a process of its own, and they take turns.
 
     pip install -r requirements-bench.txt && python -m benchmarks.prefill
 """
 
 import argparse
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from benchmarks.isolated import BROOK_SPINS, Isolated
 from benchmarks.peers import N_THREADS, llama_cpp, stock_model
 from benchmarks.report import in_turn, median_ratio, report
 from streaming.engine.decode_loop import decode_loop
@@ -26,39 +26,65 @@ N_TOKENS = 1024
 ROUNDS = 5
 
 
-def tokens_per_s(read: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    read()
-    return N_TOKENS / (time.perf_counter() - started)
+def prompt_ids() -> torch.Tensor:
+    return torch.randint(100, 49000, (1, N_TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def timed(read: Callable[[], Any]) -> Callable[[], float]:
+    def run() -> float:
+        started = time.perf_counter()
+        read()
+        return N_TOKENS / (time.perf_counter() - started)
+
+    return run
+
+
+def generating_one(model: Any, ids: torch.Tensor, **options: Any) -> None:
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, **options)
+
+
+def brook() -> Callable[[], float]:
+    model, ids = load_model().model, prompt_ids()
+    torch.set_num_threads(N_THREADS)
+
+    def read() -> None:
+        cache = DynamicCache(config=model.config)
+        chunks = {"prefill_chunk_size": PREFILL_CHUNK_TOKENS, "past_key_values": cache}
+        generating_one(model, ids, custom_generate=decode_loop, **chunks)
+
+    return timed(read)
+
+
+def stock() -> Callable[[], float]:
+    (model, _), ids = stock_model(), prompt_ids()
+    torch.set_num_threads(N_THREADS)
+    return timed(lambda: generating_one(model, ids))
+
+
+def llama() -> Callable[[], float]:
+    model, ids = llama_cpp(), prompt_ids()[0].tolist()
+
+    def read() -> None:
+        model.reset()
+        model.eval(ids)
+
+    return timed(read)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
-    loaded, (stock, _), llama = load_model(), stock_model(), llama_cpp()
-    torch.set_num_threads(N_THREADS)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 49000, (1, N_TOKENS), generator=generator)
-    one_token = {"max_new_tokens": 1, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-
-    def read_brook() -> None:
-        cache = DynamicCache(config=loaded.model.config)
-        chunks = {"prefill_chunk_size": PREFILL_CHUNK_TOKENS, "past_key_values": cache}
-        loaded.model.generate(ids, custom_generate=decode_loop, **one_token, **chunks)
-
-    def read_llama() -> None:
-        llama.reset()
-        llama.eval(ids[0].tolist())
-
     peers = {
-        "Brook": functools.partial(tokens_per_s, read_brook),
-        "stock bf16": functools.partial(tokens_per_s, lambda: stock.generate(ids, **one_token)),
-        "llama.cpp": functools.partial(tokens_per_s, read_llama),
+        "Brook": Isolated(brook, GOMP_SPINCOUNT=BROOK_SPINS),
+        "stock bf16": Isolated(stock),
+        "llama.cpp": Isolated(llama),
     }
     for run in peers.values():
         run()  # warm up
     results = in_turn(peers, arguments.rounds)
+    for peer in peers.values():
+        peer.close()
     rows = [
         [name, statistics.median(speeds), min(speeds), max(speeds), median_ratio(results["Brook"], speeds)]
         for name, speeds in results.items()

@@ -2,7 +2,8 @@
 
 import sys
 
-from streaming.errors import BrookError, ModelUnavailable
+from streaming.engine.deferred import defer_engine
+from streaming.errors import BrookError
 from streaming.models.sources import find_model
 from streaming.server.address import require_free
 from streaming.settings import load_settings
@@ -16,23 +17,13 @@ def main() -> int:
         find_model(settings.model, offline=settings.offline, cache_dir=settings.cache_dir).check()
     except BrookError as error:
         return _refuse(error)
-    from streaming.engine.local import load_engine
-
-    engine = load_engine(
-        settings.model,
-        wait=False,
-        device=settings.device,
-        dtype=settings.dtype,
-        quantize=settings.quantize,
-        offline=settings.offline,
-        cache_dir=settings.cache_dir,
-        max_cache_bytes=None if settings.cache_memory is None else settings.cache_memory * 10**6,
-    )
+    engine = defer_engine(settings)
     try:
-        from streaming.ui.build import build_app, launch_app  # while the model loads
+        from streaming.ui.build import build_app, launch_app
 
         app = build_app(engine)
         url, share_url = launch_app(app, engine, settings)
+        engine.start()  # after the page: two heavy imports at once would slow each other down
         print(f"Brook is at {url}", flush=True)
         if share_url:
             print(f"Anyone can reach it at {share_url} for a week.", flush=True)
@@ -40,7 +31,7 @@ def main() -> int:
             print("A share link cannot be had (Gradio's relay is out of reach); the page goes on at the address above.")
         engine.wait_ready()
         app.block_thread()
-    except ModelUnavailable as error:
+    except BrookError as error:
         return _refuse(error)
     finally:
         engine.close()

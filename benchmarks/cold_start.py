@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -26,6 +27,7 @@ from benchmarks.report import report
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 120.0
+QUESTION = "What is the capital of France?"
 
 RECIPE = """
 import sys
@@ -60,8 +62,8 @@ def started(command: list[str]) -> Iterator[float]:
         process.wait(timeout=30)
 
 
-def measure(command: list[str], port: int) -> tuple[float, float]:
-    """Start a server; give seconds to the page and to the first token."""
+def measure(command: list[str], port: int, arguments: list[Any]) -> tuple[float, float]:
+    """Start a server; give seconds to the page and to the first token of `/chat` with `arguments`."""
     with started(command) as at, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
         while True:
             try:
@@ -73,10 +75,14 @@ def measure(command: list[str], port: int) -> tuple[float, float]:
                 raise TimeoutError(f"{command} did not serve a page within {TIMEOUT_S:g} s")
             time.sleep(0.01)
         page_s = time.perf_counter() - at
-        call = client.post("/gradio_api/call/chat", json={"data": ["What is the capital of France?"]}).json()
+        call = client.post("/gradio_api/call/chat", json={"data": arguments}).json()
         with client.stream("GET", f"/gradio_api/call/chat/{call['event_id']}") as answer:
+            event = ""
             for line in answer.iter_lines():
-                if line.startswith("data: ") and (data := json.loads(line[6:])) and any(data):
+                event = line.removeprefix("event: ") if line.startswith("event: ") else event
+                if event == "error":
+                    break
+                if event == "generating" and line.startswith("data: ") and any(json.loads(line[6:])):
                     return page_s, time.perf_counter() - at
         raise RuntimeError(f"{command} ended without a token")
 
@@ -95,7 +101,7 @@ def main() -> None:
 
     def brook() -> tuple[float, float]:
         port = free_port()
-        return measure([sys.executable, "app.py", "--port", str(port)], port)
+        return measure([sys.executable, "app.py", "--port", str(port)], port, [QUESTION, [], "", 64, 0, 1, 0, 0])
 
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = stock_model()
@@ -105,7 +111,7 @@ def main() -> None:
 
         def recipe() -> tuple[float, float]:
             port = free_port()
-            return measure([sys.executable, "-c", RECIPE, folder, str(port)], port)
+            return measure([sys.executable, "-c", RECIPE, folder, str(port)], port, [QUESTION])
 
         brook()  # warm the disk's cache and convert the model, if that was not done yet
         recipe()

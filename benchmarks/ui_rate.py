@@ -4,36 +4,30 @@ Both sides stream the same reply to one HTTP client on this machine, one yield a
 page with an engine that has every token ready, and the recipe that everyone copies, a `gr.Chatbot` whose handler
 yields the whole history.
 
-    python benchmarks/ui_rate.py [--tokens 400] [--messages 0 20 100 400]
+    python -m benchmarks.ui_rate [--tokens 400] [--messages 0 20 100 400] [--rounds 3]
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
-import sys
+import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
-import gradio as gr  # noqa: E402
-import httpx  # noqa: E402
+import gradio as gr
+import httpx
 
-from streaming.engine.base import (  # noqa: E402
-    EngineStatus,
-    Generation,
-    GenerationRequest,
-    Progress,
-    SamplingDefaults,
-)
-from streaming.events import Event, FinishEvent, TokenEvent  # noqa: E402
-from streaming.log import EventLog  # noqa: E402
-from streaming.settings import Settings  # noqa: E402
-from streaming.ui.build import build_app, launch_app  # noqa: E402
+from benchmarks.report import in_turn, report
+from streaming.engine.base import EngineStatus, Generation, GenerationRequest, Progress, SamplingDefaults
+from streaming.events import Event, FinishEvent, TokenEvent
+from streaming.log import EventLog
+from streaming.settings import Settings
+from streaming.ui.build import build_app, launch_app
 
 WORDS = "The brook runs down the hill and past the old mill, and nobody counts the stones.".split()  # noqa: SIM905
 EARLIER = "An earlier message of ordinary length, with some **markdown** and `code` in it, as people write them."
@@ -188,24 +182,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--messages", type=int, nargs="+", default=[0, 20, 100, 400])
-    parser.add_argument("--out", type=Path, default=ROOT / "assets" / "bench" / "ui_rate.json")
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     rows = []
-    print(f"{'earlier messages':>16}  {'gr.Chatbot':>22}  {'Brook':>22}")
     for n_messages in options.messages:
-        row: dict[str, Any] = {"earlier_messages": n_messages}
-        for name, measure in (("plain", measure_plain), ("brook", measure_brook)):
-            measured = measure(n_messages, options.tokens)
-            row[f"{name}_yields_per_s"] = round(measured.n_yields / measured.seconds, 1)
-            row[f"{name}_bytes_per_token"] = round(measured.n_bytes / options.tokens, 1)
-        rows.append(row)
-        cells = [
-            f"{row[f'{n}_yields_per_s']:.0f}/s {row[f'{n}_bytes_per_token']:.0f} B/token" for n in ("plain", "brook")
-        ]
-        print(f"{n_messages:>16}  {cells[0]:>22}  {cells[1]:>22}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"benchmark": "ui_rate", "gradio": gr.__version__, "tokens": options.tokens, "cores": os.cpu_count()}
-    options.out.write_text(json.dumps(result | {"rows": rows}, indent=2) + "\n")
+        n_bytes: dict[str, float] = {}
+
+        def run(name: str, measure: Any, n_messages: int = n_messages, n_bytes: dict[str, float] = n_bytes) -> float:
+            with contextlib.redirect_stdout(io.StringIO()):  # Gradio says when it closes
+                measured = measure(n_messages, options.tokens)
+            n_bytes[name] = measured.n_bytes / options.tokens
+            return float(measured.n_yields / measured.seconds)
+
+        peers = {
+            "plain": lambda run=run: run("plain", measure_plain),
+            "brook": lambda run=run: run("brook", measure_brook),
+        }
+        rates = in_turn(peers, options.rounds)
+        medians = [round(statistics.median(rates[name])) for name in ("plain", "brook")]
+        rows.append([n_messages, *medians, round(n_bytes["plain"]), round(n_bytes["brook"])])
+    columns = ["earlier messages", "gr.Chatbot yields/s", "Brook yields/s", "gr.Chatbot B/token", "Brook B/token"]
+    report("ui_rate", columns, rows, tokens=options.tokens, rounds=options.rounds)
 
 
 if __name__ == "__main__":

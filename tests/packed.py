@@ -20,7 +20,7 @@ COMMON = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 32,
+    "head_dim": 64,
     "max_position_embeddings": 1024,
     "bos_token_id": 257,
     "eos_token_id": 258,
@@ -43,6 +43,7 @@ WITH_STEP = {
             "original_max_position_embeddings": 64,
         },
     ),
+    "llama with wide heads": LlamaConfig(**{**COMMON, "head_dim": 128}),
     "mistral": MistralConfig(**COMMON, sliding_window=None),
     "qwen 2 (biases)": Qwen2Config(**COMMON),
     "qwen 3 (norms of heads)": Qwen3Config(**COMMON),
@@ -54,7 +55,7 @@ WITHOUT_STEP = {
     ),
     "gemma": GemmaConfig(**COMMON),
     "mistral with a window": MistralConfig(**COMMON, sliding_window=16),
-    "llama with odd heads": LlamaConfig(**{**COMMON, "head_dim": 16}),
+    "llama with odd heads": LlamaConfig(**{**COMMON, "head_dim": 32}),
     "llama with gelu": LlamaConfig(**COMMON, hidden_act="gelu"),
 }
 

@@ -51,7 +51,7 @@ def round_activations(x, rounded, groups):
     """Write the float32 values at `x` as `groups` groups of ROUNDED_BYTES to `rounded`."""
     for _ in range(groups):
         low, high = simd.load(x), simd.load(x + TILE_BYTES)
-        top = simd.largest(simd.larger_magnitude(low, high))
+        top = simd.largest(simd.larger(simd.magnitude(low), simd.magnitude(high)))
         factor = simd.splat(np.float32(32767) / top if top > 0 else np.float32(0))
         steps = simd.store_words(rounded, simd.multiply(low, factor))
         steps += simd.store_words(rounded + 32, simd.multiply(high, factor))

@@ -12,10 +12,12 @@ class GrowingLayer(DynamicLayer):
     """A DynamicLayer (transformers 5.23) with room for more positions behind `keys` and `values`.
 
     DynamicLayer copies everything at every token; here a token costs its own bytes, and once in
-    BLOCK_TOKENS a copy. `keys` and `values` are `(batch, heads, length, head_dim)` views of the rooms.
+    BLOCK_TOKENS a copy. `keys` and `values` are `(batch, heads, length, head_dim)` views of the rooms, which may hold
+    another dtype than the model computes in: `update` takes and returns the model's.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, room_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        self.room_dtype = room_dtype
         self.key_room: torch.Tensor | None = None
         self.value_room: torch.Tensor | None = None
         self.length = 0
@@ -43,8 +45,8 @@ class GrowingLayer(DynamicLayer):
         return 0 if self.key_room is None else self.key_room.shape[-2]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.dtype, self.device = self.room_dtype or key_states.dtype, key_states.device
+        self.keys, self.values = (states[:, :, :0].to(self.dtype) for states in (key_states, value_states))
         self.is_initialized = True
 
     def reserve(self, length: int) -> None:
@@ -67,7 +69,7 @@ class GrowingLayer(DynamicLayer):
         self.key_room[:, :, start:end] = key_states
         self.value_room[:, :, start:end] = value_states
         self.length = end
-        return self.key_room[:, :, :end], self.value_room[:, :, :end]
+        return self.key_room[:, :, :end].to(key_states.dtype), self.value_room[:, :, :end].to(value_states.dtype)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -88,18 +90,16 @@ def is_continuable(cache: Any) -> bool:
     )
 
 
-def make_growing(cache: DynamicCache) -> list[GrowingLayer]:
-    """Turn the plain layers of a cache, in place, into growing ones and return them."""
+def make_growing(cache: DynamicCache, room_dtype: torch.dtype) -> list[GrowingLayer]:
+    """Turn the plain layers of a cache, in place, into growing ones of `room_dtype` and return them."""
     growing = []
     layers: list[Any] = cache.layers
     for layer in layers:
-        grown = layer if isinstance(layer, GrowingLayer) else GrowingLayer()
+        grown = layer if isinstance(layer, GrowingLayer) else GrowingLayer(room_dtype)
         if grown is not layer and layer.get_seq_length():
             grown.update(layer.keys, layer.values)
         growing.append(grown)
     cache.layers = list(growing)
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = GrowingLayer
     return growing
 
 

@@ -20,7 +20,7 @@ from streaming.models.int4 import PackedLinear
 from streaming.models.kernels import ROUNDED_BYTES
 from streaming.models.kv_cache import BLOCK_TOKENS, GrowingLayer, make_growing
 from streaming.models.packing import GROUP_COLUMNS, TILE_ROWS
-from streaming.models.step_kernel import LAYER, PHASES_A_LAYER, SETTINGS, decode_step
+from streaming.models.step_kernel import ATTENTION_COLUMNS, LAYER, PHASES_A_LAYER, SETTINGS, decode_step
 
 _KNOWN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -78,9 +78,9 @@ class LlamaStep:
     def continuing(self, cache: DynamicCache) -> Callable[[int], torch.Tensor]:
         """Return a function that appends a token to a cache of one sequence and returns the logits after it.
 
-        The cache's layers become GrowingLayers; `is_continuable(cache)` must hold. Logits are float32 `(1, vocab)`.
+        `is_continuable(cache)` must hold; its layers become GrowingLayers of float16. Logits are float32 `(1, vocab)`.
         """
-        layers = make_growing(cache)
+        layers = make_growing(cache, torch.float16)
         self._capacity = 0
         return functools.partial(self._read, layers)
 
@@ -167,7 +167,7 @@ def _fits(model: Any) -> bool:
         and all(bias is None for bias in (*mlp_biases, model.lm_head.bias))
         and all(vector.dtype == torch.float32 and vector.is_contiguous() for vector in vectors)
         and config.hidden_act == "silu"
-        and layers[0].self_attn.head_dim % 32 == 0
+        and layers[0].self_attn.head_dim % ATTENTION_COLUMNS == 0
         and config.rope_parameters["rope_type"] not in _LENGTH_DEPENDENT_ROPE
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and (getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True))

@@ -14,7 +14,6 @@ phases fifty times slower.)
 import ctypes
 import os
 import platform
-import sys
 import timeit
 from collections.abc import Callable
 from functools import cache
@@ -47,13 +46,12 @@ _SLEEPERS, _TAKEN = 4, 8
 
 
 def _find_gomp() -> ctypes.CDLL | None:
-    if sys.platform != "linux":
-        return None
-    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
-    return ctypes.CDLL(min(paths)) if paths else None
+    """Return PyTorch's libgomp: other packages bring their own, and a second pool's threads get in the way."""
+    path = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
+    library = ctypes.CDLL(str(path)) if path.exists() else None  # symbols of what it depends on come with it
+    return library if hasattr(library, "GOMP_parallel") else None
 
 
-# Imported before this module, PyTorch has loaded its libgomp.
 _gomp = _find_gomp()
 _alone = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
 for _symbol in ("omp_get_thread_num",):

@@ -119,6 +119,22 @@ def store(_context: Any, _address: Any, _vector: Any) -> Any:
 
 
 @intrinsic
+def store_halves(_context: Any, _address: Any, _vector: Any) -> Any:
+    """Round sixteen float32 values to float16 and write them."""
+
+    def emit(builder: Any, address: Any, vector: Any) -> None:
+        _store(builder, address, builder.fptrunc(vector, _HALVES), 2)
+
+    return _operation(types.void(types.int64, f32x16), emit)
+
+
+@intrinsic
+def load_float(_context: Any, _address: Any) -> Any:
+    """Read one float32 value."""
+    return _operation(types.float32(types.int64), lambda b, at: _load(b, at, _FLOAT, 4))
+
+
+@intrinsic
 def store_float(_context: Any, _address: Any, _scalar: Any) -> Any:
     """Write one float32 value."""
     return _operation(types.void(types.int64, types.float32), lambda b, at, scalar: _store(b, at, scalar, 4))
@@ -149,14 +165,15 @@ def fma(_context: Any, _a: Any, _b: Any, _c: Any) -> Any:
 
 
 @intrinsic
-def larger_magnitude(_context: Any, _a: Any, _b: Any) -> Any:
-    """Return max(|a|, |b|)."""
+def magnitude(_context: Any, _vector: Any) -> Any:
+    """Return |vector|."""
+    return _operation(f32x16(f32x16), lambda b, vector: _call(b, "llvm.fabs.v16f32", _FLOATS, vector))
 
-    def emit(builder: Any, a: Any, b: Any) -> Any:
-        a, b = (_call(builder, "llvm.fabs.v16f32", _FLOATS, each) for each in (a, b))
-        return _call(builder, "llvm.maxnum.v16f32", _FLOATS, a, b)
 
-    return _operation(f32x16(f32x16, f32x16), emit)
+@intrinsic
+def larger(_context: Any, _a: Any, _b: Any) -> Any:
+    """Return max(a, b)."""
+    return _operation(f32x16(f32x16, f32x16), lambda b, x, y: _call(b, "llvm.maxnum.v16f32", _FLOATS, x, y))
 
 
 @intrinsic

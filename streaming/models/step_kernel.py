@@ -1,8 +1,9 @@
 """One token through a whole Llama-like decoder in one compiled call.
 
 Between small operators PyTorch spends longer than in them: a 30-layer model makes some 600 calls a token. Here each
-thread of a team runs the whole step, its share of heads and rows of each of five phases a layer. All numbers are
-float32; linear weights are packed (streaming.models.packing).
+thread of a team runs the whole step, its share of heads and rows of each of five phases a layer. Numbers are
+float32; linear weights are packed (streaming.models.packing), keys and values are kept in float16, which halves what
+attention reads from memory.
 """
 
 import math
@@ -36,11 +37,14 @@ STEP = int_record(
 )
 SETTINGS = np.dtype([("step", STEP), ("norm_eps", np.float32), ("attention_scale", np.float32)])
 
-_FLOAT = 4
+_FLOAT, _HALF = 4, 2
 
 # Tiles in a unit of work, so that a unit takes a few microseconds.
 _OUT_TILES, _GATE_TILES, _DOWN_TILES, _HEAD_TILES = 4, 4, 2, 32
 PHASES_A_LAYER = 5
+
+# The columns of a head that attention takes at once.
+ATTENTION_COLUMNS = 64
 
 
 @inline
@@ -85,37 +89,60 @@ def _project_head(weight, block_bytes, bias, index, rounded, out, step):
 
 
 @apart
+def _score(query, keys, length, head_dim, scores):
+    """Write keys @ query over `length` positions, and -inf up to a whole vector, to `scores`; return the largest."""
+    for column in range(0, head_dim, ATTENTION_COLUMNS):
+        q, key = query + column * _FLOAT, keys + column * _HALF
+        q0, q1, q2, q3 = simd.load(q), simd.load(q + 64), simd.load(q + 128), simd.load(q + 192)
+        for position in range(length):
+            low = simd.fma(q1, simd.load_halves(key + 32), simd.multiply(q0, simd.load_halves(key)))
+            high = simd.fma(q3, simd.load_halves(key + 96), simd.multiply(q2, simd.load_halves(key + 64)))
+            score = simd.total(simd.add(low, high))
+            if column:
+                score += simd.load_float(scores + position * _FLOAT)
+            simd.store_float(scores + position * _FLOAT, score)
+            key += head_dim * _HALF
+    for position in range(length, -(-length // simd.LANES) * simd.LANES):
+        simd.store_float(scores + position * _FLOAT, np.float32(-np.inf))
+    top = simd.load(scores)
+    for at in range(scores, scores + length * _FLOAT, TILE_BYTES):
+        top = simd.larger(top, simd.load(at))
+    return simd.largest(top)
+
+
+@apart
 def _attend(query, keys, values, length, scores, out, head_dim):
     """Write softmax(keys @ query) @ values over `length` positions to `out`; `scores` is room for them."""
-    row_bytes = head_dim * _FLOAT
-    top = np.float32(-np.inf)
-    for position in range(length):
-        key = keys + position * row_bytes
-        a, b = simd.splat(np.float32(0)), simd.splat(np.float32(0))
-        for at in range(0, row_bytes, 2 * TILE_BYTES):
-            a = simd.fma(simd.load(query + at), simd.load(key + at), a)
-            b = simd.fma(simd.load(query + at + TILE_BYTES), simd.load(key + at + TILE_BYTES), b)
-        score = simd.total(simd.add(a, b))
-        simd.store_float(scores + position * _FLOAT, score)
-        top = max(top, score)
-    padded = -(-length // simd.LANES) * simd.LANES
-    for position in range(length, padded):
-        simd.store_float(scores + position * _FLOAT, np.float32(-np.inf))
+    top = simd.splat(-_score(query, keys, length, head_dim, scores))
     weights = simd.splat(np.float32(0))
-    for at in range(scores, scores + padded * _FLOAT, TILE_BYTES):
-        weight = simd.exp(simd.add(simd.load(at), simd.splat(-top)))
+    for at in range(scores, scores + length * _FLOAT, TILE_BYTES):
+        weight = simd.exp(simd.add(simd.load(at), top))
         simd.store(at, weight)
         weights = simd.add(weights, weight)
     factor = simd.splat(np.float32(1) / simd.total(weights))
-    for at in range(0, row_bytes, 2 * TILE_BYTES):
-        a, b = simd.splat(np.float32(0)), simd.splat(np.float32(0))
+    for column in range(0, head_dim, ATTENTION_COLUMNS):
+        value = values + column * _HALF
+        a = simd.splat(np.float32(0))
+        b, c, d = a, a, a
         for position in range(length):
             weight = simd.load_splat(scores + position * _FLOAT)
-            value = values + position * row_bytes + at
-            a = simd.fma(weight, simd.load(value), a)
-            b = simd.fma(weight, simd.load(value + TILE_BYTES), b)
-        simd.store(out + at, simd.multiply(a, factor))
-        simd.store(out + at + TILE_BYTES, simd.multiply(b, factor))
+            a = simd.fma(weight, simd.load_halves(value), a)
+            b = simd.fma(weight, simd.load_halves(value + 32), b)
+            c = simd.fma(weight, simd.load_halves(value + 64), c)
+            d = simd.fma(weight, simd.load_halves(value + 96), d)
+            value += head_dim * _HALF
+        at = out + column * _FLOAT
+        simd.store(at, simd.multiply(a, factor))
+        simd.store(at + 64, simd.multiply(b, factor))
+        simd.store(at + 128, simd.multiply(c, factor))
+        simd.store(at + 192, simd.multiply(d, factor))
+
+
+@inline
+def _keep(x, cached, head_dim):
+    """Write the float32 vector at `x` to its float16 place in the cache."""
+    for column in range(0, head_dim, simd.LANES):
+        simd.store_halves(cached + column * _HALF, simd.load(x + column * _FLOAT))
 
 
 @inline
@@ -128,38 +155,40 @@ def _norm_and_round(x, weight, step, norm_eps, rounded):
 
 
 @inline
-def _project_unit(step, layer, unit, rounded, norm_eps, scale):
-    """One head's query, key or value at the new position; keys and values go straight into the cache."""
+def _project_unit(step, layer, unit, rounded, norm_eps, scale, room):
+    """One head's query, key or value at the new position; keys and values go into the cache by way of `room`."""
     heads, kv_heads, dim = step.heads, step.kv_heads, step.head_dim
+    head = unit if unit < heads else (unit - heads) % kv_heads
+    cached = (head * step.capacity + step.position) * dim * _HALF
     if unit >= heads + kv_heads:
-        head = unit - heads - kv_heads
-        out = layer.values + (head * step.capacity + step.position) * dim * _FLOAT
-        _project_head(layer.v, layer.v_b, layer.v_bias, head, rounded, out, step)
+        _project_head(layer.v, layer.v_b, layer.v_bias, head, rounded, room, step)
+        _keep(room, layer.values + cached, dim)
         return
     if unit >= heads:
-        head = unit - heads
-        out, norm = layer.keys + (head * step.capacity + step.position) * dim * _FLOAT, layer.k_norm
+        out, norm = room, layer.k_norm
         _project_head(layer.k, layer.k_b, layer.k_bias, head, rounded, out, step)
     else:
-        out, norm = step.queries + unit * dim * _FLOAT, layer.q_norm
-        _project_head(layer.q, layer.q_b, layer.q_bias, unit, rounded, out, step)
+        out, norm = step.queries + head * dim * _FLOAT, layer.q_norm
+        _project_head(layer.q, layer.q_b, layer.q_bias, head, rounded, out, step)
     if norm:
         _scale_by(out, norm, _norm_factor(out, dim, norm_eps), out, dim)
     _rotate(out, step.cos, step.sin, dim)
-    if unit < heads:
+    if unit >= heads:
+        _keep(out, layer.keys + cached, dim)
+    else:
         for at in range(out, out + dim * _FLOAT, TILE_BYTES):
             simd.store(at, simd.multiply(simd.load(at), simd.splat(scale)))
 
 
 @inline
-def _project(step, layer, phase, thread, rounded, norm_eps, scale):
+def _project(step, layer, phase, thread, rounded, norm_eps, scale, room):
     """Queries, keys and values of the normalized residual stream, a head a unit."""
     n_units = step.heads + 2 * step.kv_heads
     unit = take_unit(phase, n_units, thread, step.n_threads)
     if unit >= 0:
         _norm_and_round(step.x, layer.input_norm, step, norm_eps, rounded)
     while unit >= 0:
-        _project_unit(step, layer, unit, rounded, norm_eps, scale)
+        _project_unit(step, layer, unit, rounded, norm_eps, scale, room)
         finish_unit(phase, n_units)
         unit = take_unit(phase, n_units, thread, step.n_threads)
     wait_for_phase(phase, n_units)
@@ -171,7 +200,7 @@ def _attend_all(step, layer, phase, thread, scores):
     dim = step.head_dim
     head = take_unit(phase, step.heads, thread, step.n_threads)
     while head >= 0:
-        cached = head * step.kv_heads // step.heads * step.capacity * dim * _FLOAT
+        cached = head * step.kv_heads // step.heads * step.capacity * dim * _HALF
         at = head * dim * _FLOAT
         keys, values = layer.keys + cached, layer.values + cached
         _attend(step.queries + at, keys, values, step.position + 1, scores, step.attended + at, dim)
@@ -249,7 +278,7 @@ def decode_step(address):
     attended_columns, phase = step.heads * step.head_dim, step.phases
     for index in range(step.n_layers):
         layer = layers[index]
-        _project(step, layer, phase, thread, rounded, norm_eps, scale)
+        _project(step, layer, phase, thread, rounded, norm_eps, scale, scores)
         phase += step.phase_bytes
         _attend_all(step, layer, phase, thread, scores)
         phase += step.phase_bytes

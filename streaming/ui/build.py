@@ -14,7 +14,8 @@ from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
 
 from streaming.engine.base import Engine
-from streaming.errors import BrookError
+from streaming.errors import AddressUnavailable, BrookError
+from streaming.server.address import require_free
 from streaming.server.health import health_route
 from streaming.settings import Settings
 from streaming.ui.chat import ChatHandlers, ChatSession
@@ -22,7 +23,7 @@ from streaming.ui.complete import build_complete
 from streaming.ui.endpoints import add_endpoints
 from streaming.ui.security import SecurityHeaders
 from streaming.ui.session import Session
-from streaming.ui.settings_panel import SettingsPanel, build_settings_panel, show_defaults, validate
+from streaming.ui.settings_panel import SettingsPanel, build_settings_panel, offer_defaults, validate
 from streaming.ui.theme import build_theme
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -35,7 +36,7 @@ SCRIPTS = (
     "markdown.js",
     "transcript.js",
 )
-SHEETS = ("brook.css", "transcript.css")
+SHEETS = ("brook.css", "panels.css", "transcript.css", "markdown.css")
 EXAMPLES = (
     "Explain to a child why the sky is blue.",
     "Write a Python function that finds prime numbers.",
@@ -84,24 +85,20 @@ def build_app(engine: Engine, examples: tuple[str, ...] = EXAMPLES) -> Any:
         complete.wire(panel)
         add_endpoints(engine)
 
-        async def greet() -> AsyncIterator[dict[Any, Any]]:
-            """Say how far the model is, then show its name and defaults."""
+        async def greet() -> AsyncIterator[dict[str, Any]]:
+            """Say how far the model is, then that it is there."""
             try:
                 async for words in handlers.wait_ready():
-                    yield {about: {"model": engine.model_id, "readiness": words}}
+                    yield {"model": engine.model_id, "readiness": words}
+                yield {"model": engine.model_id, "tags": handlers.tags}
             except BrookError as error:
-                yield {about: {"model": engine.model_id, "readiness": str(error), "failed": True}}
-                return
-            yield {about: {"model": engine.model_id, "tags": handlers.tags}, **show_defaults(panel, engine.defaults)}
+                yield {"model": engine.model_id, "readiness": str(error), "failed": True}
 
-        app.load(
-            greet,
-            None,
-            [about, *panel.inputs],
-            show_progress="hidden",
-            concurrency_limit=None,
-            api_visibility="private",
-        )
+        async def offer(*values: Any) -> list[Any]:
+            """Show the model's own defaults where nothing else was set meanwhile."""
+            return offer_defaults(values, engine.defaults) if engine.status().state == "ready" else list(values)
+
+        app.load(greet, None, about, **QUEUED).then(offer, panel.inputs, panel.inputs, **AT_ONCE)
     app.queue(default_concurrency_limit=None, api_open=False)
     return app
 
@@ -112,23 +109,30 @@ def launch_app(
     """Serve the page with its looks, `/healthz` and `routes`, without blocking; give its address and its share link.
 
     The link is None where none was asked for, or none could be had.
+
+    Raises:
+        AddressUnavailable: nothing can listen there.
     """
     own_routes = [health_route(engine), Mount(f"/{ASSETS_URL}", StaticFiles(directory=ASSETS)), *routes]
-    with contextlib.redirect_stdout(io.StringIO()):  # Gradio tells of addresses and missing links at length
-        _, url, share_url = app.launch(
-            prevent_thread_lock=True,
-            server_name=settings.host,
-            server_port=settings.port or None,
-            share=settings.share,
-            auth=list(settings.auth) or None,
-            theme=build_theme(),
-            head="".join(f'<link rel="stylesheet" href="{_url(name)}">' for name in SHEETS),
-            app_kwargs={"routes": own_routes, "middleware": [Middleware(SecurityHeaders)]},
-            favicon_path=ASSETS / "favicon.png",
-            footer_links=[],
-            ssr_mode=False,
-            pwa=False,
-        )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # Gradio tells of addresses and missing links at length
+            _, url, share_url = app.launch(
+                prevent_thread_lock=True,
+                server_name=settings.host,
+                server_port=settings.port or None,
+                share=settings.share,
+                auth=list(settings.auth) or None,
+                theme=build_theme(),
+                head="".join(f'<link rel="stylesheet" href="{_url(name)}">' for name in SHEETS),
+                app_kwargs={"routes": own_routes, "middleware": [Middleware(SecurityHeaders)]},
+                favicon_path=ASSETS / "favicon.png",
+                footer_links=[],
+                ssr_mode=False,
+                pwa=False,
+            )
+    except OSError as error:  # another program took the port while this one started
+        require_free(settings.host, settings.port)
+        raise AddressUnavailable(f"Cannot listen on {settings.host}:{settings.port} ({error}).") from error
     return url, share_url
 
 

@@ -39,9 +39,6 @@ class ChatSettings:
         return values | {"seed": int(self.seed) if self.seed else None, "stop": stops}
 
 
-N_SETTINGS = len(fields(ChatSettings))
-
-
 @dataclass(frozen=True, slots=True)
 class SettingsPanel:
     """The panel's components; `inputs` come in the order of ChatSettings."""
@@ -102,9 +99,13 @@ def validate(values: Sequence[Any]) -> list[dict[str, Any]]:
     return [_check(name, value) for name, value in zip(names, values, strict=True)]
 
 
-def show_defaults(panel: SettingsPanel, defaults: SamplingDefaults) -> dict[Any, Any]:
-    """Give the updates that show a model's own defaults."""
-    return {panel.field(f.name): gr.update(value=getattr(defaults, f.name)) for f in fields(SamplingDefaults)}
+def offer_defaults(values: Sequence[Any], defaults: SamplingDefaults) -> list[Any]:
+    """Give the panel's values with a model's own defaults in the fields that were left as they were."""
+    offered = []
+    for field, value in zip(fields(ChatSettings), values, strict=True):
+        untouched = hasattr(_DEFAULTS, field.name) and value == getattr(_DEFAULTS, field.name)
+        offered.append(getattr(defaults, field.name) if untouched else value)
+    return offered
 
 
 def _number(name: str, label: str, step: float, info: str) -> gr.Number:

@@ -4,7 +4,7 @@ from typing import Any
 
 from playwright.sync_api import expect
 
-WAIT_MS = 20_000
+WAIT_MS = 60_000
 
 
 def send(page: Any, text: str) -> None:

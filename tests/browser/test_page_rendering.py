@@ -81,9 +81,7 @@ def test_code_has_a_copy_button(open_page):
 
 
 def test_formulas_are_drawn(page):
-    ask(
-        page, "say: The root $\\sqrt{x}$ and\n\n$$\\int_0^1 x\\,dx$$\n\nand \\(a^2\\), but `$x$` and $5 or $10 are not."
-    )
+    ask(page, "say: Roots $\\sqrt{x}$ and\n\n$$\\int_0^1 x\\,dx$$\n\nand \\(a^2\\), but `$x$` and $5 or $10 are not.")
     expect(last_reply(page).locator(".katex")).to_have_count(3, timeout=WAIT_MS)
     expect(last_reply(page)).to_contain_text("$x$ and $5 or $10 are not.")
 

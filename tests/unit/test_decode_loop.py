@@ -174,10 +174,9 @@ def test_an_end_token_and_a_criterion_stop_the_loop():
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_a_prompt_longer_than_a_block_and_a_reply_across_blocks(chunk):
     ids = torch.arange(BLOCK_TOKENS + 10)[None] % 250
-    options = {"max_new_tokens": BLOCK_TOKENS, "prefill_chunk_size": chunk}
-    lean_ids, lean = generate(
-        packed("llama"), ids, past_key_values=DynamicCache(config=packed("llama").config), **options
-    )
+    cache = DynamicCache(config=packed("llama").config)
+    options = {"max_new_tokens": BLOCK_TOKENS, "prefill_chunk_size": chunk, "past_key_values": cache}
+    lean_ids, lean = generate(packed("llama"), ids, **options)
     stock_ids, stock = generate(packed("llama"), ids, lean=False)
     same = (lean_ids[:, : stock_ids.shape[1]] == stock_ids).all()
     assert same
@@ -228,16 +227,19 @@ def test_windows_and_other_caches_are_not_continued():
 def test_a_growing_layer_is_a_dynamic_layer(steps):
     """Positive steps append that many positions, negative ones crop."""
     torch.manual_seed(0)
-    plain, growing = DynamicLayer(), GrowingLayer()
+    plain, growing, halves = DynamicLayer(), GrowingLayer(), GrowingLayer(torch.float16)
     for step in steps:
         if step > 0:
             states = torch.randn(2, 1, 2, step, 4)
             expected, result = plain.update(*states), growing.update(*states)
             assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+            rounded = halves.update(*states)
+            assert all(torch.equal(a.half().float(), b) for a, b in zip(expected, rounded, strict=True))
         else:
             n = min(-step, plain.get_seq_length())
             plain.crop(-n)
             growing.crop(-n)
+            halves.crop(-n)
             growing = copy.deepcopy(growing)
         assert growing.get_seq_length() == plain.get_seq_length()
         assert growing.get_mask_sizes(3) == plain.get_mask_sizes(3)

@@ -25,6 +25,7 @@ from streaming.errors import (
     NotACausalLM,
 )
 from streaming.models.device import choose_device, choose_dtype
+from streaming.models.int4 import PackedLinear
 from streaming.models.loading import LoadProgress, load_model, load_tokenizer
 from streaming.models.sources import find_model
 from tests.standin_hub import point_hub_at, refusing_url, serving, silent_url
@@ -93,7 +94,15 @@ def test_a_folder_loads_ready_to_generate(folder):
 def test_the_dtype_is_the_one_asked_for(folder):
     for name in ("float32", "bfloat16", "float16"):
         assert load_model(str(folder), device="cpu", dtype=name).model.dtype == getattr(torch, name)
-    assert load_model(str(folder), device="cpu").model.dtype == choose_dtype("auto", torch.device("cpu"))
+    unpacked = load_model(str(folder), device="cpu", quantize="none")
+    assert unpacked.model.dtype == choose_dtype("auto", torch.device("cpu"))
+
+
+def test_weights_are_packed_on_a_cpu_unless_told_otherwise(folder):
+    packed = load_model(str(folder), device="cpu").model
+    assert isinstance(packed.lm_head, PackedLinear)
+    assert packed.dtype == torch.float32
+    assert isinstance(load_model(str(folder), quantize="int4").model.lm_head, PackedLinear)
 
 
 def test_a_tokenizer_loads_without_the_weights(folder):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import gradio as gr
 import pytest
 
-from streaming.engine.base import EngineStatus, Generation, GenerationRequest, Progress
+from streaming.engine.base import EngineStatus, Generation, GenerationRequest, Progress, SamplingDefaults
 from streaming.errors import InvalidRequest
 from streaming.events import FinishEvent, Timings
 from streaming.log import EventLog
@@ -15,7 +15,7 @@ from streaming.ui.chat import ChatHandlers, ChatSession
 from streaming.ui.reasoning import begins_in_reasoning, find_tags
 from streaming.ui.replies import Replies
 from streaming.ui.session import Conversation, Message, Session, Turn
-from streaming.ui.settings_panel import ChatSettings, validate
+from streaming.ui.settings_panel import ChatSettings, offer_defaults, validate
 from streaming.ui.status import describe_finish, describe_loading, describe_progress
 from tests.scripted import ScriptedEngine
 
@@ -219,6 +219,14 @@ class TestSettings:
         with pytest.raises(InvalidRequest) as refused:
             GenerationRequest(prompt="x", **{name: value})
         assert refused.value.field == name
+
+    def test_a_models_defaults_fill_what_was_left_alone(self):
+        initial = settings(max_new_tokens=256)
+        changed = list(initial)
+        changed[2] = 0.5
+        defaults = SamplingDefaults(temperature=0.2, top_p=0.9)
+        assert offer_defaults(initial, defaults)[2:4] == [0.2, 0.9]
+        assert offer_defaults(changed, defaults)[2:4] == [0.5, 0.9]
 
     def test_emptied_fields_and_values_in_range_are_fine(self):
         assert all(v["is_valid"] for v in validate(settings(temperature=None, top_k=None)))

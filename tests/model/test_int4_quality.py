@@ -1,0 +1,82 @@
+"""With 4-bit weights the default model stays the model it was, and fits."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.quality import by_steps, compare, in_chunks, texts
+from streaming import GenerationRequest
+from streaming.engine.local import LocalEngine
+from streaming.errors import ModelUnavailable
+from streaming.models.int4 import PackedEmbedding, PackedLinear
+from streaming.models.llama_step import step_of
+from streaming.models.loading import load_model
+from streaming.models.packing import unpack
+from tests.conftest import skip_or_fail
+
+pytestmark = pytest.mark.model
+
+FILE_MB = 98.4
+
+LOAD = """
+import resource
+import streaming.models.int4, streaming.models.llama_step
+from streaming.models.loading import load_model
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+before = peak_mb()
+load_model(quantize="int4")
+print(peak_mb() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def packed():
+    try:
+        return load_model(quantize="int4")
+    except ModelUnavailable as error:
+        skip_or_fail(f"the default model is not here: {error}")
+
+
+@pytest.fixture(scope="module")
+def exact(packed):
+    return load_model(quantize="none", dtype="float32")
+
+
+def test_every_packed_weight_has_the_values_of_the_file(packed, exact):
+    n_compared = 0
+    for name, module in packed.model.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            expected = exact.model.get_submodule(name).weight
+            assert torch.equal(unpack(module.weight, len(expected)), expected), name
+            n_compared += 1
+    assert n_compared == 30 * 7 + 2
+
+
+@pytest.mark.parametrize("kind", ["prose", "code", "chat"])
+def test_reading_and_decoding_predict_what_the_dequantized_model_predicts(packed, exact, kind):
+    ids = texts(packed.tokenizer)[kind]
+    assert ids.shape[1] >= 1500
+    for read, n_tokens in ((in_chunks(packed.model), ids.shape[1]), (by_steps(packed.model), 300)):
+        kl, agreement, perplexity = compare(read, in_chunks(exact.model), ids[:, :n_tokens])
+        assert kl <= 1e-5
+        assert agreement >= 99.5
+        assert abs(perplexity) <= 0.05
+
+
+def test_the_engine_decodes_with_the_compiled_step_and_says_the_same(packed, exact):
+    assert step_of(packed.model) is not None
+    said = []
+    for loaded in (packed, exact):
+        engine = LocalEngine(lambda _, loaded=loaded: loaded)
+        request = GenerationRequest(prompt="An increasing sequence: one,", max_new_tokens=40, temperature=0)
+        said.append(engine.submit(request).result(timeout=120).token_ids)
+        engine.close()
+    assert said[0] == said[1]
+
+
+def test_loading_takes_no_more_memory_than_three_times_the_file(packed):
+    grown_mb = float(subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, check=True).stdout)
+    assert grown_mb <= 3 * FILE_MB

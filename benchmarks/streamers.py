@@ -113,11 +113,11 @@ def main() -> None:
                 theirs[0].first_text_after,
                 ours[0].n_chunks,
                 theirs[0].n_chunks,
-                "" if theirs[0].n_tokens == length else f"stopped after {theirs[0].n_tokens:,}",
+                "" if theirs[0].n_tokens == length else theirs[0].n_tokens,
             ]
         )
     columns = ["text", "tokens", "Brook µs/token", "TextIteratorStreamer µs/token", "Brook first text after token",
-               "theirs", "Brook chunks", "theirs ", f"peer in {BUDGET_S:g} s"]  # fmt: skip
+               "theirs", "Brook chunks", "theirs ", f"stopped after {BUDGET_S:g} s, at token"]  # fmt: skip
     report("streamers", columns, rows)
     if wants_plot:
         plot(rows)
@@ -134,10 +134,12 @@ def plot(rows: list[list[Any]]) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for column, colour, name in ((3, "#b3541e", "TextIteratorStreamer"), (2, "#1e6fb3", "Brook")):
         for number, kind in enumerate(TEXTS):
-            points = [(row[1], row[column]) for row in rows if row[0] == kind]
+            # The peer's time may have been up before the end.
+            points = [(row[-1] or row[1] if column == 3 else row[1], row[column]) for row in rows if row[0] == kind]
             axes.loglog(*zip(*points, strict=True), color=colour, marker="o", label=name if number == 0 else None)
-            if column == 3:
-                axes.annotate(kind, points[-1], textcoords="offset points", xytext=(6, -3), fontsize=8)
+            label = "one line, kana, Thai, emoji" if kind == "English, one line" else kind
+            if column == 3 and kind not in ("kana", "Thai", "emoji"):
+                axes.annotate(label, points[-1], textcoords="offset points", xytext=(8, -3), fontsize=8)
     axes.set(xlabel="tokens in the stream", ylabel="µs a token", xlim=(200, 200_000))
     axes.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
     axes.legend(frameon=False)

@@ -35,7 +35,7 @@ def tiny_model(vocab_size: int) -> Any:
 
 
 def main() -> None:
-    loaded = load_model(quantize="none")
+    loaded = load_model()
     tokenizer = loaded.tokenizer
     inputs = tokenizer(PROMPT, return_tensors="pt")
     rows = []

@@ -41,6 +41,7 @@ class Run(BaseStreamer):
     ) -> None:
         self.log = EventLog()
         self.cancelled = False
+        self._has_prompt = False
         self.sampling = sampling
         self.recorder = LogprobRecorder(tokenizer, request.logprobs) if request.logprobs else None
         self.submitted_at = time.perf_counter()
@@ -63,13 +64,14 @@ class Run(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         if self.cancelled:
             raise GenerationCancelled("The generation was cancelled.")
-        if value.dim() == 2:  # the prompt
+        if not self._has_prompt:
+            self._has_prompt = True
             return
         if self.row.n_tokens == 0:
             self.generation.progress = dataclasses.replace(
                 self.generation.progress, state="writing", n_read=len(self.generation.prompt_ids)
             )
-        for token_id in value.tolist():
+        for token_id in value.flatten().tolist():  # (1,), or (1, n) of assisted decoding
             self.row.put(token_id)
             self.token_ids.append(token_id)
         if self.row.stop_string is not None:

@@ -10,6 +10,7 @@ Brook and the recipe that everybody copies (load, then a ChatInterface over `Thr
 import argparse
 import contextlib
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -55,7 +56,9 @@ gr.ChatInterface(chat).launch(server_port=port)
 def started(command: list[str]) -> Iterator[float]:
     """Run a server for the time of a block; give the moment it was started."""
     at = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Neither may wait for a network that may not be there.
+    env = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield at
     finally:

@@ -17,6 +17,11 @@ hypothesis.settings.load_profile("brook")
 REQUIRE_ALL = os.environ.get("BROOK_REQUIRE_ALL") == "1"
 
 
+def pytest_collection_modifyitems(items):
+    """Run browser tests last: while Playwright is open, its event loop runs in this thread and nobody else's can."""
+    items.sort(key=lambda item: "browser" in item.keywords)
+
+
 def skip_or_fail(reason: str) -> None:
     """Skip a test that lacks a part of its world; where everything is required, fail it instead."""
     if REQUIRE_ALL:

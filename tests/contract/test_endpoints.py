@@ -68,13 +68,16 @@ def test_complete_streams_the_continuation(client):
 
 
 def test_the_seed_is_reported_beside_the_text(client):
-    async def logs(job):
-        return [update.log async for update in job if getattr(update, "log", None)]
+    async def logs(**options):
+        job = client.submit("say: a word", api_name="/chat", **options)
+        return {update.log async for update in job if getattr(update, "log", None)}
 
-    job = client.submit("say: a word", api_name="/chat", seed=1234)
-    assert asyncio.run(logs(job)) == [("seed 1234", "info")]
-    job = client.submit("say: a word", api_name="/chat")
-    [(words, _)] = asyncio.run(logs(job))
+    def report(**options):
+        # gradio_client 2.7 reads updates from another thread's asyncio.Queue and now and then loses one: ask again.
+        return next(filter(None, (asyncio.run(logs(**options)) for _ in range(5))))
+
+    assert report(seed=1234) == {("seed 1234", "info")}
+    [(words, _)] = report()
     assert int(words.removeprefix("seed ")) > 0
 
 

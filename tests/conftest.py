@@ -18,8 +18,8 @@ REQUIRE_ALL = os.environ.get("BROOK_REQUIRE_ALL") == "1"
 
 
 def pytest_collection_modifyitems(items):
-    """Run browser tests last: while Playwright is open, its event loop runs in this thread and nobody else's can."""
-    items.sort(key=lambda item: "browser" in item.keywords)
+    """Run tests/browser last: while its Playwright is open, its event loop runs in this thread and nobody else's can."""
+    items.sort(key=lambda item: item.path.parent.name == "browser")
 
 
 def skip_or_fail(reason: str) -> None:

@@ -18,7 +18,7 @@ REQUIRE_ALL = os.environ.get("BROOK_REQUIRE_ALL") == "1"
 
 
 def pytest_collection_modifyitems(items):
-    """Run tests/browser last: while its Playwright is open, its event loop runs in this thread and nobody else's can."""
+    """Run tests/browser last: while its Playwright is open, no other event loop can run in this thread."""
     items.sort(key=lambda item: item.path.parent.name == "browser")
 
 

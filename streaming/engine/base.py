@@ -22,6 +22,8 @@ class SamplingDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
 
 # Setting → smallest, largest value that is accepted.
@@ -32,6 +34,8 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "top_k": (0, 1_000_000),
     "min_p": (0.0, 1.0),
     "repetition_penalty": (0.1, 10.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
     "seed": (0, 2**63 - 1),
     "logprobs": (0, 20),
 }
@@ -44,8 +48,9 @@ class GenerationRequest:
     """What to generate from, and how. Exactly one of `prompt`, `messages`, `prompt_ids` is given.
 
     `prefix_ids` are tokens of the reply that are already there: generation goes on after them. A setting left None
-    takes the model's default; `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `seed` None is a fresh
-    one; text ends before the first of the `stop` strings; `logprobs` is how many likeliest tokens each event
+    takes the model's default; `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `frequency_penalty` lowers
+    a token's logit for each time that the reply has it, `presence_penalty` once, as in OpenAI's API; `seed` None is a
+    fresh one; text ends before the first of the `stop` strings; `logprobs` is how many likeliest tokens each event
     carries in `top` (and with any, its own `logprob`). What was read for one `owner` (a person, a session) is reused
     for that owner's later requests only.
 
@@ -63,6 +68,8 @@ class GenerationRequest:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
     logprobs: int = 0

@@ -268,7 +268,13 @@ class LocalEngine:
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
                 past_key_values=cache,
-                logits_processor=build_processors(run.sampling, generation.seed, ids.device, run.recorder),
+                logits_processor=build_processors(
+                    run.sampling,
+                    generation.seed,
+                    ids.device,
+                    run.recorder,
+                    n_prompt=len(prompt_ids) - len(generation.request.prefix_ids),
+                ),
                 streamer=run,
                 custom_generate=functools.partial(decode_loop, streamer=run),
             )

@@ -5,6 +5,7 @@ import sys
 from streaming.engine.deferred import defer_engine
 from streaming.errors import BrookError
 from streaming.models.sources import find_model
+from streaming.server.access import Access
 from streaming.server.address import require_free
 from streaming.settings import load_settings
 
@@ -19,10 +20,12 @@ def main() -> int:
         return _refuse(error)
     engine = defer_engine(settings)
     try:
+        from streaming.server.openai_api import build_api_routes
         from streaming.ui.build import build_app, launch_app
 
         app = build_app(engine)
-        url, share_url = launch_app(app, engine, settings)
+        access = Access(settings.api_key, is_public=settings.is_public)
+        url, share_url = launch_app(app, engine, settings, routes=build_api_routes(engine, access))
         engine.start()  # after the page: two heavy imports at once would slow each other down
         print(f"Brook is at {url}", flush=True)
         if share_url:

@@ -47,7 +47,8 @@ MAX_STOP_CHARS = 256
 class GenerationRequest:
     """What to generate from, and how. Exactly one of `prompt`, `messages`, `prompt_ids` is given.
 
-    `prefix_ids` are tokens of the reply that are already there: generation goes on after them. A setting left None
+    `prefix_ids` are tokens of the reply that are already there: generation goes on after them; `prefix_text` is that
+    as text, for who has no ids. A setting left None
     takes the model's default; `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `frequency_penalty` lowers
     a token's logit for each time that the reply has it, `presence_penalty` once, as in OpenAI's API; `seed` None is a
     fresh one; text ends before the first of the `stop` strings; `logprobs` is how many likeliest tokens each event
@@ -62,6 +63,7 @@ class GenerationRequest:
     messages: Sequence[Mapping[str, Any]] | None = None
     prompt_ids: Sequence[int] | None = None
     prefix_ids: Sequence[int] = ()
+    prefix_text: str = ""
     max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -83,6 +85,8 @@ class GenerationRequest:
                 + (f"got {', '.join(given)}." if given else "got none."),
                 field="prompt",
             )
+        if self.prefix_ids and self.prefix_text:
+            raise InvalidRequest("Give prefix_ids or prefix_text, not both.", field="prefix_text")
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if value is None:

@@ -397,6 +397,19 @@ class TestContinue:
         assert whole.token_ids[:11] + rest.result(WAIT_S).token_ids == whole.token_ids
         assert rest.prefix_text + rest.result(WAIT_S).text == whole.text
 
+    def test_a_prefix_of_text_is_read_as_the_reply_so_far(self, serve):
+        engine = serve(tiny_llama())
+        messages = [{"role": "user", "content": "hello"}]
+        text = "so <|im_end|> far"  # control tokens in it are text
+        run = engine.submit(GenerationRequest(messages=messages, prefix_text=text, max_new_tokens=5, temperature=0))
+        ids = byte_tokenizer()(text, split_special_tokens=True)["input_ids"]
+        assert run.prompt_ids[-len(ids) :] == tuple(ids)
+        assert EOS not in ids
+        by_ids = engine.submit(GenerationRequest(messages=messages, prefix_ids=ids, max_new_tokens=5, temperature=0))
+        assert run.prompt_ids == by_ids.prompt_ids
+        assert run.prefix_text == text
+        assert run.result(WAIT_S).token_ids == by_ids.result(WAIT_S).token_ids
+
 
 class TestReuse:
     def test_the_next_turn_reads_only_what_is_new_and_says_the_same(self, serve):

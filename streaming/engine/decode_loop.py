@@ -43,11 +43,12 @@ def decode_loop(
         )
         return generated
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    logits = outputs.logits[:, -1].float()
+    # The ids are counted and looked at on the CPU: on a GPU each look would be a launch and a wait.
+    logits, device, input_ids = outputs.logits[:, -1].float(), input_ids.device, input_ids.cpu()
     with step.continuing(outputs.past_key_values) as read:
         while True:
-            scores = logits_processor(input_ids, logits)  # type: ignore[arg-type]
-            next_id = _choose(scores, generation_config.do_sample)
+            scores = logits_processor(input_ids.to(device), logits)  # type: ignore[arg-type]
+            next_id = _choose(scores, generation_config.do_sample).cpu()
             input_ids = torch.cat([input_ids, next_id[:, None]], dim=-1)
             finished = bool(stopping_criteria(input_ids, None)[0])
             if streamer is not None:
@@ -57,7 +58,7 @@ def decode_loop(
             logits = read(int(next_id))
     if streamer is not None:
         streamer.end()
-    return input_ids
+    return input_ids.to(device)
 
 
 def _compiled_step(model: Any) -> Any:

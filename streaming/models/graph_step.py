@@ -73,7 +73,8 @@ class GraphStep:
         try:
             yield self._read
         finally:
-            for layer, static in zip(cache.layers, self._cache.layers, strict=True):
+            layers: list[Any] = cache.layers
+            for layer, static in zip(layers, self._cache.layers, strict=True):
                 layer.keys = static.keys[:, :, : self._length].clone()
                 layer.values = static.values[:, :, : self._length].clone()
 

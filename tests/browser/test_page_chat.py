@@ -171,6 +171,25 @@ def test_a_value_out_of_range_is_told_at_its_field_and_the_message_stays(page):
     expect(last_reply(page)).to_have_text("not sent", timeout=WAIT_MS)
 
 
+def test_a_value_out_of_range_is_told_on_leaving_its_field(page):
+    page.locator("#top-p input").fill("2")
+    page.locator("#top-p input").press("Tab")
+    expect(page.locator("#top-p")).to_contain_text("Between 0 and 1", timeout=WAIT_MS)
+    page.locator("#top-p input").fill("1")
+    page.locator("#top-p input").press("Tab")
+    expect(page.locator("#top-p")).not_to_contain_text("Between 0 and 1", timeout=WAIT_MS)
+
+
+def test_what_was_typed_and_not_sent_outlives_a_reload(page):
+    page.locator("#composer textarea").fill("half a thought\nin two lines")
+    page.reload()
+    expect(page.locator("#composer textarea")).to_have_value("half a thought\nin two lines", timeout=WAIT_MS)
+    ask(page, "say: sent")
+    page.reload()
+    page.wait_for_selector(".conversation")
+    expect(page.locator("#composer textarea")).to_have_value("")
+
+
 def test_settings_reach_the_model(page, engine):
     page.locator("#max-new-tokens input").fill("3")
     page.locator("#seed input").fill("42")

@@ -7,7 +7,7 @@ import sys
 import time
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,16 +190,16 @@ class Store:
                 "ORDER BY pinned DESC, updated_at DESC LIMIT ?",
                 (owner, limit),
             )
-            return [Summary(row["id"], row["title"], bool(row["pinned"]), row["updated_at"]) for row in rows]
+            return [_summary(row) for row in rows]
 
         return self._database.run(read)
 
     def search(self, owner: str, words: str, limit: int = 50) -> list[Summary]:
-        """Find a person's conversations that have a message with all the words (or parts of words), newest first."""
+        """Find conversations that have a message with all the words or parts of words; the newest message first."""
         wanted = words.split()
         if not wanted:
             return []
-        conditions = ["content LIKE ? ESCAPE '\\'" for word in wanted if len(word) < _TRIGRAM]
+        conditions = ["search.content LIKE ? ESCAPE '\\'" for word in wanted if len(word) < _TRIGRAM]
         values = [f"%{_LIKE_SIGNS.sub(_ESCAPED, word)}%" for word in wanted if len(word) < _TRIGRAM]
         phrases = ['"' + word.replace('"', '""') + '"' for word in wanted if len(word) >= _TRIGRAM]
         if phrases:
@@ -208,24 +208,19 @@ class Store:
 
         def read(db: sqlite3.Connection) -> list[Summary]:
             rows = db.execute(
-                "SELECT c.id, c.title, c.pinned, c.updated_at, m.id AS message_id, m.content, max(m.number) "
-                "FROM message m JOIN conversation c ON c.id = m.conversation "
-                f"WHERE m.number IN (SELECT rowid FROM search WHERE {' AND '.join(conditions)}) "
-                "AND c.owner = ? AND c.deleted_at IS NULL "
-                "GROUP BY c.id ORDER BY c.updated_at DESC LIMIT ?",
-                (*values, owner, limit),
+                "SELECT c.id, c.title, c.pinned, c.updated_at, m.id AS message_id, m.content FROM search "
+                "CROSS JOIN message m ON m.number = search.rowid CROSS JOIN conversation c ON c.id = m.conversation "
+                f"WHERE {' AND '.join(conditions)} AND c.owner = ? AND c.deleted_at IS NULL ORDER BY search.rowid DESC",
+                (*values, owner),
             )
-            return [
-                Summary(
-                    row["id"],
-                    row["title"],
-                    bool(row["pinned"]),
-                    row["updated_at"],
-                    row["message_id"],
-                    _excerpt(row["content"], wanted[0]),
-                )
-                for row in rows
-            ]
+            hits: dict[str, Summary] = {}
+            for row in rows:  # found as they are read, newest first: a frequent word costs no more than a rare one
+                if row["id"] not in hits:
+                    excerpt = _excerpt(row["content"], wanted[0])
+                    hits[row["id"]] = replace(_summary(row), message_id=row["message_id"], excerpt=excerpt)
+                if len(hits) == limit:
+                    break
+            return list(hits.values())
 
         return self._database.run(read)
 
@@ -254,6 +249,10 @@ def _index(db: sqlite3.Connection, number: int | None, message: Message) -> None
         return
     db.execute("DELETE FROM search WHERE rowid = ?", (number,))
     db.execute("INSERT INTO search (rowid, content) VALUES (?, ?)", (number, message.content))
+
+
+def _summary(row: sqlite3.Row) -> Summary:
+    return Summary(row["id"], row["title"], bool(row["pinned"]), row["updated_at"])
 
 
 def _row(message: Message) -> dict[str, Any]:

@@ -20,12 +20,15 @@ def main() -> int:
         return _refuse(error)
     engine = defer_engine(settings)
     try:
+        from streaming.server.metrics import MeteredEngine, metrics_route
         from streaming.server.openai_api import build_api_routes
         from streaming.ui.build import build_app, launch_app
 
-        app = build_app(engine)
+        metered = MeteredEngine(engine)
+        app = build_app(metered)
         access = Access(settings.api_key, is_public=settings.is_public)
-        url, share_url = launch_app(app, engine, settings, routes=build_api_routes(engine, access))
+        routes = (*build_api_routes(metered, access), metrics_route(metered, access))
+        url, share_url = launch_app(app, metered, settings, routes)
         engine.start()  # after the page: two heavy imports at once would slow each other down
         print(f"Brook is at {url}", flush=True)
         if share_url:

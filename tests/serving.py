@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from streaming.server.access import Access
+from streaming.server.metrics import MeteredEngine, metrics_route
 from streaming.server.openai_api import build_api_routes
 from streaming.settings import Settings
 from streaming.ui.build import build_app, launch_app
@@ -21,8 +22,10 @@ def serving(engine: Any, **options: Any) -> Iterator[str]:
     """Serve an engine; give the address, with a slash at its end."""
     settings = Settings(port=0, **options)
     access = Access(settings.api_key, is_public=settings.is_public)
-    app = build_app(engine)
-    url, _ = launch_app(app, engine, settings, routes=build_api_routes(engine, access))
+    metered = MeteredEngine(engine)
+    app = build_app(metered)
+    routes = (*build_api_routes(metered, access), metrics_route(metered, access))
+    url, _ = launch_app(app, metered, settings, routes)
     try:
         yield url
     finally:

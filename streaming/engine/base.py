@@ -180,7 +180,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """How an engine is: what `/healthz` and the page show."""
+    """How an engine is: what `/healthz`, `/metrics` and the page show. `n_cache_bytes` is what kept prefixes take."""
 
     state: Literal["loading", "ready", "failed", "closed"]
     model_id: str
@@ -188,6 +188,7 @@ class EngineStatus:
     n_active: int = 0
     n_queued: int = 0
     detail: str = ""
+    n_cache_bytes: int = 0
 
 
 class Engine(Protocol):

@@ -141,7 +141,14 @@ class LocalEngine:
             return EngineStatus("failed", self.model_id, detail=str(self._load_error))
         if loaded is None:
             return EngineStatus("loading", self.model_id, detail="" if progress is None else str(progress))
-        return EngineStatus("ready", self.model_id, str(loaded.model.device), n_active, n_queued)
+        return EngineStatus(
+            "ready",
+            self.model_id,
+            str(loaded.model.device),
+            n_active,
+            n_queued,
+            n_cache_bytes=self._prefixes.n_bytes,
+        )
 
     def close(self) -> None:
         with self._changed:

@@ -15,7 +15,8 @@ def main() -> int:
     settings = load_settings()
     try:  # what can be refused is refused before the seconds that the imports take
         require_free(settings.host, settings.port)
-        find_model(settings.model, offline=settings.offline, cache_dir=settings.cache_dir).check()
+        if settings.base_url is None:
+            find_model(settings.model, offline=settings.offline, cache_dir=settings.cache_dir).check()
     except BrookError as error:
         return _refuse(error)
     engine = defer_engine(settings)

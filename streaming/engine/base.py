@@ -202,7 +202,7 @@ class Engine(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer; waits for it while the model loads."""
+        """The model's tokenizer, None where the model is elsewhere; waits for it while the model loads."""
 
     @property
     def defaults(self) -> SamplingDefaults:

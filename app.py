@@ -6,7 +6,7 @@ from streaming.engine.deferred import defer_engine
 from streaming.errors import BrookError
 from streaming.models.sources import find_model
 from streaming.server.access import Access
-from streaming.server.address import require_free
+from streaming.server.address import require_free, require_reachable
 from streaming.settings import load_settings
 
 
@@ -15,7 +15,9 @@ def main() -> int:
     settings = load_settings()
     try:  # what can be refused is refused before the seconds that the imports take
         require_free(settings.host, settings.port)
-        if settings.base_url is None:
+        if settings.base_url is not None:
+            require_reachable(settings.base_url)
+        else:
             find_model(settings.model, offline=settings.offline, cache_dir=settings.cache_dir).check()
     except BrookError as error:
         return _refuse(error)

@@ -148,8 +148,9 @@ class RemoteEngine:
         try:
             models = [model.id async for model in self._client.models.list()]
         except (openai.OpenAIError, ValueError) as error:
-            if self._asked_model and isinstance(error, openai.NotFoundError):
-                return self._asked_model  # a server that has no list
+            is_refused = isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError)
+            if self._asked_model and isinstance(error, openai.APIStatusError) and not is_refused:
+                return self._asked_model  # a server that has no list, or cannot tell it
             raise as_unavailable(error, self._host, self._read_timeout_s) from error
         if self._asked_model:
             return self._asked_model  # servers may load what they do not list
@@ -161,8 +162,7 @@ class RemoteEngine:
         return models[0]
 
     def _start(self, run: Generation, call: dict[str, Any]) -> None:
-        submitted_at = time.perf_counter()
-        reader = ReplyReader(submitted_at)
+        reader = ReplyReader(time.perf_counter(), run.request.stop)
         task = self._loop.create_task(self._serve(run, call, reader))
         self._tasks[run] = task
         # The end is written here and nowhere else: a task that is cancelled before its first step runs nothing.
@@ -187,6 +187,8 @@ class RemoteEngine:
             async for chunk in stream:
                 for event in reader.read(chunk):
                     self._put(run, event)
+                if reader.has_met_stop:
+                    return "stop"
         if reader.finish_reason is None:
             raise ReplyCutOff(f"The server at {self._host} ended the reply in the middle; try again.")
         if reader.finish_reason not in _REASONS:
@@ -206,6 +208,8 @@ class RemoteEngine:
             error = done.exception()
             reason = "error" if error is not None else done.result()
             message = None if error is None else explain(error, self._host, self._read_timeout_s)
+        for event in reader.flush():
+            self._put(run, event)
         run.progress = replace(run.progress, state="done")
         run.log.append(reader.finish(reason, message))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import openai
 
+from streaming.detokenizer import StopMatcher
 from streaming.engine.base import LIMITS, GenerationRequest
 from streaming.errors import BrookError, GenerationFailed, InvalidRequest, ModelUnavailable
 from streaming.events import NO_ID, FinishEvent, FinishReason, Timings, TokenEvent, TopToken
@@ -65,16 +66,25 @@ def to_call(request: GenerationRequest, model: str, seed: int) -> dict[str, Any]
 
 
 class ReplyReader:
-    """Chunks of one reply → its events. `submitted_at` is a `time.perf_counter()`."""
+    """Chunks of one reply → its events, up to the first stop string. `submitted_at` is a `time.perf_counter()`.
 
-    def __init__(self, submitted_at: float) -> None:
+    Servers are told of the stop strings too, but some (`transformers serve` 5.23) let them be seen.
+    """
+
+    def __init__(self, submitted_at: float, stop: Sequence[str] = ()) -> None:
         self.n_tokens = 0
         self.finish_reason: str | None = None
         self._submitted_at = submitted_at
         self._first_s: float | None = None
         self._last_s = 0.0
         self._is_reasoning = False
+        self._stop = StopMatcher(stop)
         self._usage: Any = None
+
+    @property
+    def has_met_stop(self) -> bool:
+        """Whether the text has met a stop string: nothing more is wanted of the server."""
+        return self._stop.matched is not None
 
     def read(self, chunk: Any) -> Iterator[TokenEvent]:
         """Give the events of a ChatCompletionChunk or a Completion."""
@@ -87,13 +97,13 @@ class ReplyReader:
             if reasoning:
                 opening = "" if self._is_reasoning else BEFORE_REASONING
                 self._is_reasoning = True
-                yield self._event((opening + reasoning, None, ()))
+                yield from self._events((opening + reasoning, None, ()))
             tokens = list(_tokens(choice.logprobs, text))
             if text and self._is_reasoning:
                 self._is_reasoning = False
                 tokens[0] = (AFTER_REASONING + tokens[0][0].lstrip("\n"), *tokens[0][1:])
             for token in tokens:
-                yield self._event(token)
+                yield from self._events(token)
             self.finish_reason = choice.finish_reason or self.finish_reason
 
     def finish(self, reason: FinishReason, error: str | None) -> FinishEvent:
@@ -113,8 +123,18 @@ class ReplyReader:
             ),
         )
 
-    def _event(self, token: Token) -> TokenEvent:
+    def flush(self) -> Iterator[TokenEvent]:
+        """Give the text that might have become a stop string, because no more comes."""
+        if tail := self._stop.flush():
+            yield self._event(tail, None, ())
+
+    def _events(self, token: Token) -> Iterator[TokenEvent]:
         text, logprob, top = token
+        text = self._stop.feed(text)
+        if text or logprob is not None:
+            yield self._event(text, logprob, top)
+
+    def _event(self, text: str, logprob: float | None, top: Sequence[tuple[str, float]]) -> TokenEvent:
         self._last_s = time.perf_counter() - self._submitted_at
         if self._first_s is None:
             self._first_s = self._last_s

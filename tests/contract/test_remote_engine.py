@@ -202,6 +202,34 @@ class TestReasoning:
         assert (result.text, result.finish.reason) == ("<think>\nLet me", "length")
 
 
+class TestStopStrings:
+    @pytest.mark.parametrize(
+        ("deltas", "text", "reason"),
+        [
+            (["one. ", "two"], "one", "stop"),
+            (["on", "e", ".", " two"], "one", "stop"),
+            (["one", " E", "ND two"], "one ", "stop"),
+            (["one", " EN"], "one EN", "length"),
+        ],
+    )
+    def test_a_server_that_shows_them_is_cut_there(self, connect, deltas, text, reason):
+        with fake_server(streaming(*deltas, finish_reason="length")) as server:
+            result = ask(connect(server.url), stop=[".", "END"]).result(WAIT_S)
+        assert (result.text, result.finish.reason) == (text, reason)
+
+    def test_the_server_is_left_at_once(self, connect):
+        release = threading.Event()
+
+        def reply(handler: Handler) -> None:
+            handler.begin()
+            handler.send(chunk({"index": 0, "delta": {"content": "one. two"}, "finish_reason": None}))
+            release.wait(WAIT_S)
+
+        with fake_server(reply) as server:
+            assert ask(connect(server.url), stop=["."]).result(WAIT_S).text == "one"
+            release.set()
+
+
 class TestCounts:
     def test_they_are_the_servers(self, connect):
         usage = {

@@ -6,6 +6,7 @@ the server. Servers give text, not token ids: there is no tokenizer, and every T
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import secrets
 import threading
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 import openai
 
-from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
+from streaming.engine.base import SESSION_HEADER, EngineStatus, Generation, GenerationRequest, SamplingDefaults
 from streaming.engine.remote_wire import ReplyCutOff, ReplyReader, as_unavailable, explain, is_worth_retrying, to_call
 from streaming.errors import EngineClosed, GenerationFailed, ModelUnavailable, StreamTimeout
 from streaming.events import FinishReason, TokenEvent
@@ -66,6 +67,7 @@ class RemoteEngine:
         self._tasks: dict[Generation, asyncio.Task[FinishReason]] = {}  # the loop's own
         self._lock = threading.Lock()
         self._closing = False
+        self._salt = secrets.token_bytes(16)
         self._loop = asyncio.new_event_loop()
         self._worker = threading.Thread(target=self._loop.run_forever, name="brook-engine", daemon=True)
         self._worker.start()
@@ -90,6 +92,8 @@ class RemoteEngine:
         seed = secrets.randbelow(2**31 - 1) + 1 if request.seed is None else request.seed
         run = Generation(request, (), log=EventLog(), seed=seed, cancel=self._cancel, prefix_text=request.prefix_text)
         call = to_call(request, self.model_id, seed)
+        if request.owner:
+            call["extra_headers"] = {SESSION_HEADER: self._session_of(request.owner)}
         with self._lock:
             self._refuse_if_closing()
             self._loop.call_soon_threadsafe(self._start, run, call)
@@ -136,6 +140,10 @@ class RemoteEngine:
 
         with contextlib.suppress(RuntimeError):  # the loop was closed, and everything in it has ended
             self._loop.call_soon_threadsafe(cancel)
+
+    def _session_of(self, owner: str) -> str:
+        """Give a name by which a server tells owners apart, and nobody who they are."""
+        return hashlib.blake2b(owner.encode(), key=self._salt, digest_size=16).hexdigest()
 
     def _refuse_if_closing(self) -> None:
         if self._closing:

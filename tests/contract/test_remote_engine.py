@@ -281,6 +281,26 @@ class TestWhatIsSent:
             "stream_options": {"include_usage": True},
         }
         assert headers["authorization"] == "Bearer the key"
+        assert "ann" not in str(headers)
+
+    def test_each_owner_has_a_session_of_its_own_on_the_server(self, connect):
+        with fake_server(streaming("x")) as server:
+            for engine in (connect(server.url), connect(server.url)):
+                for owner in ("ann", "bob", "ann", ""):
+                    ask(engine, owner=owner).result(WAIT_S)
+            sessions = [asked["headers"].get("x-session-id") for asked in server.asked]
+        ann, bob, again, nobody, *elsewhere = sessions
+        assert ann == again != bob
+        assert nobody is elsewhere[3] is None
+        assert not {ann, bob} & set(elsewhere), "who a session is cannot be told from another page's"
+
+    def test_what_was_read_for_one_owner_is_reused_for_that_owner_alone(self, far):
+        def n_reused(owner):
+            return ask(far, "the same words " * 5, owner=owner, max_new_tokens=2).result(WAIT_S).finish.n_reused_tokens
+
+        assert n_reused("ann") == 0
+        assert n_reused("bob") == 0
+        assert n_reused("ann") > 50
 
     def test_what_the_environment_holds_for_openai_is_not(self, connect, monkeypatch):
         for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):

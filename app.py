@@ -2,7 +2,7 @@
 
 import sys
 
-from streaming.engine.deferred import defer_engine
+from streaming.engine.menu import load_menu
 from streaming.errors import BrookError
 from streaming.models.sources import find_model
 from streaming.server.address import require_free
@@ -14,10 +14,11 @@ def main() -> int:
     settings = load_settings()
     try:  # what can be refused is refused before the seconds that the imports take
         require_free(settings.host, settings.port)
-        find_model(settings.model, offline=settings.offline, cache_dir=settings.cache_dir).check()
+        for model in settings.models or (None,):
+            find_model(model, offline=settings.offline, cache_dir=settings.cache_dir).check()
     except BrookError as error:
         return _refuse(error)
-    engine = defer_engine(settings)
+    engine = load_menu(settings)
     try:
         from streaming.ui.build import build_app, launch_app
 

@@ -24,12 +24,16 @@ _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 class Settings:
     """What the app was asked to do.
 
-    `model` is None for the default model. `cache_memory` counts MB; None leaves it to the engine.
+    `models` are those that can be chosen on the page, the first one at the start; empty is the default model.
+    `model_memory` and `cache_memory` count MB; None leaves them to what is free. `trust_remote_code` lets code run that
+    comes with a model.
     `auth` holds (user, password) pairs and stays out of the repr.
     `data_dir` is for what cannot be had again, such as conversations, `cache_dir` for what can.
     """
 
-    model: str | None = None
+    models: tuple[str, ...] = ()
+    model_memory: int | None = None
+    trust_remote_code: bool = False
     engine: str = "local"
     device: str = "auto"
     dtype: str = "auto"
@@ -42,6 +46,16 @@ class Settings:
     data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("brook"))
     cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("brook"))
     offline: bool = False
+
+    @property
+    def model(self) -> str | None:
+        """The model at the start; None is the default one."""
+        return self.models[0] if self.models else None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether people on other machines can reach the app."""
+        return self.share or self.host not in ("127.0.0.1", "localhost", "::1")
 
 
 def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> Settings:
@@ -56,19 +70,9 @@ def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[s
     options: dict[str, Any] = {"host": host, **parser.parse_with_twins(arguments, environment)}
     if "data_dir" in options:
         options["cache_dir"] = options["data_dir"] / "cache"
-    options["auth"] = tuple(options.get("auth", ()))
+    for name in ("models", "auth"):
+        options[name] = tuple(options.get(name, ()))
     return Settings(**options)
-
-
-class _Once(argparse.Action):
-    """Keep a flag's value, and refuse a second one, which argparse would take silently."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
-    ) -> None:
-        if hasattr(namespace, self.dest):
-            parser.error(f"argument {option_string}: one model at a time")
-        setattr(namespace, self.dest, values)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,8 +89,12 @@ class _Parser(argparse.ArgumentParser):
         )
         self._twin = ""
         self._flags = [
-            self.add_argument("--model", metavar="ID_OR_PATH", action=_Once, type=_text,
-                help="hub id, folder or .gguf file (default: SmolLM2-135M-Instruct)"),
+            self.add_argument("--model", dest="models", metavar="ID_OR_PATH", action="append", type=_text,
+                help="hub id, folder or .gguf file; repeated, a menu of them (default: SmolLM2-135M-Instruct)"),
+            self.add_argument("--model-memory", metavar="MB", type=_megabytes,
+                help="memory for all loaded models; the one used longest ago leaves (default: what is free)"),
+            self.add_argument("--trust-remote-code", action="store_true",
+                help="let code run that comes with a model (default: off)"),
             self.add_argument("--engine", choices=ENGINES, help="what runs the model (default: local)"),
             self.add_argument("--device", type=device_name,
                 help="auto, cpu, mps, cuda or cuda:N (default: auto, the fastest there is)"),
@@ -125,7 +133,7 @@ class _Parser(argparse.ArgumentParser):
             if value.lower() not in _SWITCHES:
                 self.error(f"{name}: must be 1 or 0, not {value!r}")
             return [name] if _SWITCHES[value.lower()] else []
-        return [f"{name}={part.strip()}" for part in (value.split(",") if flag.dest == "auth" else [value])]
+        return [f"{name}={part.strip()}" for part in (value.split(",") if flag.dest in ("auth", "models") else [value])]
 
     def error(self, message: str) -> NoReturn:
         name, separator, rest = message.removeprefix("argument ").partition(": ")

@@ -16,24 +16,30 @@ MAKE_TIMEOUT_S = 300.0
 """How long a request waits for the engine's modules to be imported; the model's loading comes after that."""
 
 
-def defer_engine(settings: Settings) -> "DeferredEngine":
-    """Give the engine that the settings ask for, not yet started."""
+MakeRoom = Callable[[int, int], None]
+"""As in `streaming.models.loading`, which imports torch."""
+
+
+def defer_engine(settings: Settings, model: str | None, make_room: MakeRoom) -> "DeferredEngine":
+    """Give the engine that the settings ask for, for a model of theirs (None: the default one), not yet started."""
 
     def make() -> Engine:
         from streaming.engine.local import load_engine
 
         return load_engine(
-            settings.model,
+            model,
             wait=False,
             device=settings.device,
             dtype=settings.dtype,
             quantize=settings.quantize,
             offline=settings.offline,
             cache_dir=settings.cache_dir,
+            trust_remote_code=settings.trust_remote_code,
+            make_room=make_room,
             max_cache_bytes=None if settings.cache_memory is None else settings.cache_memory * 10**6,
         )
 
-    return DeferredEngine(make, settings.engine, settings.model or DEFAULT_MODEL.model_id)
+    return DeferredEngine(make, settings.engine, model or DEFAULT_MODEL.model_id)
 
 
 class DeferredEngine:

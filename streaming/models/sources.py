@@ -39,8 +39,11 @@ def find_model(
     cache_dir: Path | None = None,
     progress: ProgressCallback = ignore_progress,
     embedded: EmbeddedModel = DEFAULT_MODEL,
+    with_code: bool = False,
 ) -> ModelSource:
     """Find what `model` names: None is the default model, which is `embedded`; the rest is as in `load_model`.
+
+    From the hub, code that comes with the model is fetched only `with_code`.
 
     Raises ModelNotFound for a path that leads nowhere.
     """
@@ -53,7 +56,7 @@ def find_model(
         raise ModelNotFound(f"{model} is neither a model's folder nor a .gguf file.")
     if path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf" or model.count("/") > 1:
         raise ModelNotFound(f"There is nothing at {model}; check the path.")
-    return HubModel(model, offline=offline, progress=progress)
+    return HubModel(model, offline=offline, progress=progress, with_code=with_code)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,13 +34,16 @@ def test_settings_cannot_be_changed():
 
 def test_every_flag_is_read(tmp_path):
     given = load(
-        "--model", "a/b", "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
+        "--model", "a/b", "--model", "c", "--model-memory", "900", "--trust-remote-code",
+        "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
         "--quantize", "none",
         "--cache-memory", "64", "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
         "--data-dir", str(tmp_path), "--offline",
     )  # fmt: skip
     assert given == Settings(
-        model="a/b",
+        models=("a/b", "c"),
+        model_memory=900,
+        trust_remote_code=True,
         engine="local",
         device="cuda:1",
         dtype="float32",
@@ -58,7 +61,9 @@ def test_every_flag_is_read(tmp_path):
 
 def test_every_flag_has_a_twin(tmp_path):
     twins = {
-        "BROOK_MODEL": "a/b",
+        "BROOK_MODEL": "a/b, c",
+        "BROOK_MODEL_MEMORY": "900",
+        "BROOK_TRUST_REMOTE_CODE": "1",
         "BROOK_ENGINE": "local",
         "BROOK_DEVICE": "cpu",
         "BROOK_DTYPE": "bfloat16",
@@ -72,7 +77,9 @@ def test_every_flag_has_a_twin(tmp_path):
         "BROOK_OFFLINE": "true",
     }
     assert load(**twins) == Settings(
-        model="a/b",
+        models=("a/b", "c"),
+        model_memory=900,
+        trust_remote_code=True,
         engine="local",
         device="cpu",
         dtype="bfloat16",
@@ -94,9 +101,9 @@ def test_every_setting_has_a_flag_and_help_with_its_default(capsys):
     assert ended.value.code == 0
     help_text = " ".join(capsys.readouterr().out.split())
     for name in {field.name for field in dataclasses.fields(Settings)} - {"cache_dir"}:
-        flag = "--" + name.replace("_", "-")
+        flag = "--" + {"models": "model"}.get(name, name).replace("_", "-")
         assert flag in help_text
-    assert help_text.count("(default: ") == 12
+    assert help_text.count("(default: ") == 14
 
 
 def test_a_flag_wins_over_its_twin_and_does_not_add_to_it():
@@ -180,5 +187,14 @@ def test_settings_load_without_any_heavy_import():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_second_model_is_refused_where_one_would_be_dropped_silently(capsys):
-    assert refusal(capsys, "--model", "a", "--model", "b") == "--model: one model at a time"
+def test_the_first_model_is_the_one_at_the_start():
+    assert load().model is None
+    assert load("--model", "a", "--model", "b").model == "a"
+
+
+def test_people_elsewhere_can_reach_what_is_shared():
+    assert not load().is_shared
+    assert not load("--host", "::1").is_shared
+    for arguments in (["--share"], ["--host", "0.0.0.0"], ["--host", "192.168.1.7"]):
+        assert load(*arguments).is_shared
+    assert load(SPACE_ID="ann/brook").is_shared

@@ -5,6 +5,7 @@ import sys
 from streaming.engine.menu import load_menu
 from streaming.errors import BrookError
 from streaming.models.sources import find_model
+from streaming.server.access import Access
 from streaming.server.address import require_free
 from streaming.settings import load_settings
 
@@ -20,10 +21,15 @@ def main() -> int:
         return _refuse(error)
     engine = load_menu(settings)
     try:
+        from streaming.server.metrics import MeteredEngine, metrics_route
+        from streaming.server.openai_api import build_api_routes
         from streaming.ui.build import build_app, launch_app
 
-        app = build_app(engine)
-        url, share_url = launch_app(app, engine, settings)
+        metered = MeteredEngine(engine)
+        app = build_app(metered)
+        access = Access(settings.api_key, is_public=settings.is_public)
+        routes = (*build_api_routes(metered, access), metrics_route(metered, access))
+        url, share_url = launch_app(app, metered, settings, routes)
         engine.start()  # after the page: two heavy imports at once would slow each other down
         print(f"Brook is at {url}", flush=True)
         if share_url:

@@ -27,8 +27,9 @@ class Settings:
     `models` are those that can be chosen on the page, the first one at the start; empty is the default model.
     `model_memory` and `cache_memory` count MB; None leaves them to what is free. `trust_remote_code` lets code run that
     comes with a model.
-    `auth` holds (user, password) pairs and stays out of the repr.
-    `data_dir` is for what cannot be had again, such as conversations, `cache_dir` for what can.
+    `auth` holds (user, password) pairs, `api_key` the keys of the API; both stay out of the repr.
+    `data_dir` is for what cannot be had again, such as conversations, `cache_dir` for what can. `space` says that this
+    is a Hugging Face Space.
     """
 
     models: tuple[str, ...] = ()
@@ -43,9 +44,16 @@ class Settings:
     port: int = 7860
     share: bool = False
     auth: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    api_key: tuple[str, ...] = field(default=(), repr=False)
     data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("brook"))
     cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("brook"))
     offline: bool = False
+    space: bool = False
+
+    @property
+    def is_public(self) -> bool:
+        """Whether strangers can reach the app from anywhere."""
+        return self.share or self.space
 
     @property
     def model(self) -> str | None:
@@ -55,7 +63,7 @@ class Settings:
     @property
     def is_shared(self) -> bool:
         """Whether people on other machines can reach the app."""
-        return self.share or self.host not in ("127.0.0.1", "localhost", "::1")
+        return self.is_public or self.host not in ("127.0.0.1", "localhost", "::1")
 
 
 def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> Settings:
@@ -70,9 +78,9 @@ def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[s
     options: dict[str, Any] = {"host": host, **parser.parse_with_twins(arguments, environment)}
     if "data_dir" in options:
         options["cache_dir"] = options["data_dir"] / "cache"
-    for name in ("models", "auth"):
+    for name in ("models", "auth", "api_key"):
         options[name] = tuple(options.get(name, ()))
-    return Settings(**options)
+    return Settings(**options, space="SPACE_ID" in environment)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,6 +120,8 @@ class _Parser(argparse.ArgumentParser):
                 help="also open a public link through Gradio's relay (default: off)"),
             self.add_argument("--auth", metavar="USER:PASSWORD", action="append", type=_user_and_password,
                 help="let only this user in; can be repeated (default: everyone)"),
+            self.add_argument("--api-key", metavar="KEY", action="append", type=_api_key,
+                help="let programs with this key use /v1; can be repeated (default: programs on this machine alone)"),
             self.add_argument("--data-dir", metavar="DIR", type=_folder,
                 help="folder for all that Brook keeps (default: the system's own for data and caches)"),
             self.add_argument("--offline", action="store_true", help="never touch the network (default: off)"),
@@ -133,7 +143,8 @@ class _Parser(argparse.ArgumentParser):
             if value.lower() not in _SWITCHES:
                 self.error(f"{name}: must be 1 or 0, not {value!r}")
             return [name] if _SWITCHES[value.lower()] else []
-        return [f"{name}={part.strip()}" for part in (value.split(",") if flag.dest in ("auth", "models") else [value])]
+        parts = value.split(",") if flag.dest in ("models", "auth", "api_key") else [value]
+        return [f"{name}={part.strip()}" for part in parts]
 
     def error(self, message: str) -> NoReturn:
         name, separator, rest = message.removeprefix("argument ").partition(": ")
@@ -170,6 +181,12 @@ def _user_and_password(value: str) -> tuple[str, str]:
     if not user or not password:  # the value is not repeated here: it may be a password
         raise argparse.ArgumentTypeError("must be USER:PASSWORD, with neither of them empty")
     return user, password
+
+
+def _api_key(value: str) -> str:
+    if not re.fullmatch(r"[!-+\--~]{8,}", value):  # nor is this value repeated
+        raise argparse.ArgumentTypeError("must be 8 or more letters, digits and signs, without spaces and commas")
+    return value
 
 
 def _folder(value: str) -> Path:

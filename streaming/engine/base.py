@@ -22,6 +22,8 @@ class SamplingDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
 
 # Setting → smallest, largest value that is accepted.
@@ -32,6 +34,8 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "top_k": (0, 1_000_000),
     "min_p": (0.0, 1.0),
     "repetition_penalty": (0.1, 10.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
     "seed": (0, 2**63 - 1),
     "logprobs": (0, 20),
 }
@@ -43,9 +47,11 @@ MAX_STOP_CHARS = 256
 class GenerationRequest:
     """What to generate from, and how. Exactly one of `prompt`, `messages`, `prompt_ids` is given.
 
-    `prefix_ids` are tokens of the reply that are already there: generation goes on after them. A setting left None
-    takes the model's default; `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `seed` None is a fresh
-    one; text ends before the first of the `stop` strings; `logprobs` is how many likeliest tokens each event
+    `prefix_ids` are tokens of the reply that are already there: generation goes on after them; `prefix_text` is that
+    as text, for who has no ids. A setting left None
+    takes the model's default; `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `frequency_penalty` lowers
+    a token's logit for each time that the reply has it, `presence_penalty` once, as in OpenAI's API; `seed` None is a
+    fresh one; text ends before the first of the `stop` strings; `logprobs` is how many likeliest tokens each event
     carries in `top` (and with any, its own `logprob`). What was read for one `owner` (a person, a session) is reused
     for that owner's later requests only. `model` names one of the engine's models where it has several, "" the first.
 
@@ -57,12 +63,15 @@ class GenerationRequest:
     messages: Sequence[Mapping[str, Any]] | None = None
     prompt_ids: Sequence[int] | None = None
     prefix_ids: Sequence[int] = ()
+    prefix_text: str = ""
     max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
     logprobs: int = 0
@@ -77,6 +86,8 @@ class GenerationRequest:
                 + (f"got {', '.join(given)}." if given else "got none."),
                 field="prompt",
             )
+        if self.prefix_ids and self.prefix_text:
+            raise InvalidRequest("Give prefix_ids or prefix_text, not both.", field="prefix_text")
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if value is None:
@@ -170,7 +181,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """How an engine is: what `/healthz` and the page show.
+    """How an engine is: what `/healthz`, `/metrics` and the page show. `n_cache_bytes` is what kept prefixes take.
 
     `part` is how much of a loading step is done, from 0 to 1, where that is known. An "unloaded" model loads when it is
     next asked for something.
@@ -183,6 +194,7 @@ class EngineStatus:
     n_queued: int = 0
     detail: str = ""
     part: float | None = None
+    n_cache_bytes: int = 0
 
 
 class Engine(Protocol):

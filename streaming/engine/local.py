@@ -143,7 +143,14 @@ class LocalEngine:
             if progress is None:
                 return EngineStatus("loading", self.model_id)
             return EngineStatus("loading", self.model_id, detail=str(progress), part=progress.part)
-        return EngineStatus("ready", self.model_id, str(loaded.model.device), n_active, n_queued)
+        return EngineStatus(
+            "ready",
+            self.model_id,
+            str(loaded.model.device),
+            n_active,
+            n_queued,
+            n_cache_bytes=self._prefixes.n_bytes,
+        )
 
     def close(self) -> None:
         with self._changed:
@@ -270,7 +277,13 @@ class LocalEngine:
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
                 past_key_values=cache,
-                logits_processor=build_processors(run.sampling, generation.seed, ids.device, run.recorder),
+                logits_processor=build_processors(
+                    run.sampling,
+                    generation.seed,
+                    ids.device,
+                    run.recorder,
+                    n_prompt=len(prompt_ids) - len(generation.request.prefix_ids),
+                ),
                 streamer=run,
                 custom_generate=functools.partial(decode_loop, streamer=run),
             )

@@ -131,6 +131,7 @@ class ModelMenu:
             statuses[0],
             n_active=sum(status.n_active for status in statuses),
             n_queued=sum(status.n_queued for status in statuses),
+            n_cache_bytes=sum(status.n_cache_bytes for status in statuses),
         )
 
     def close(self) -> None:

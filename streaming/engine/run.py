@@ -115,6 +115,9 @@ def build_run(
 ) -> Run:
     """Encode a request and fit it into the model's context."""
     tokenizer = loaded.tokenizer
+    if request.prefix_text:
+        ids = tokenizer.encode(request.prefix_text, add_special_tokens=False, split_special_tokens=True)
+        request = dataclasses.replace(request, prefix_ids=ids, prefix_text="")
     sampling = _resolve(request, defaults)
     n_reserved = min(sampling.max_new_tokens, max(1, loaded.n_context // 4))
     n_room = loaded.n_context - n_reserved - len(request.prefix_ids)

@@ -57,6 +57,26 @@ class SeededSampler(LogitsProcessor):
         return torch.minimum(index, last)
 
 
+class ReplyPenalties(LogitsProcessor):
+    """Lower the logits of tokens that the reply has already: `frequency` for each time, `presence` once.
+
+    Scores are `(batch, vocab)`; the first `n_prompt` of the ids, `(batch, seq)`, are no part of the reply.
+    Source: OpenAI's API reference, "Frequency and presence penalties".
+    """
+
+    def __init__(self, n_prompt: int, frequency: float, presence: float) -> None:
+        self._n_prompt = n_prompt
+        self._frequency = frequency
+        self._presence = presence
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        reply_ids = input_ids[:, self._n_prompt :]
+        penalty = torch.zeros_like(scores)
+        penalty.scatter_(-1, reply_ids, self._presence)
+        penalty.scatter_add_(-1, reply_ids, torch.full_like(reply_ids, self._frequency, dtype=scores.dtype))
+        return scores - penalty
+
+
 class LogprobRecorder(LogitsProcessor):
     """Keep the model's own scores of the newest step, before any setting changes them, to tell logprobs from."""
 
@@ -82,14 +102,23 @@ class LogprobRecorder(LogitsProcessor):
 
 
 def build_processors(
-    sampling: SamplingDefaults, seed: int, device: torch.device, recorder: LogprobRecorder | None
+    sampling: SamplingDefaults,
+    seed: int,
+    device: torch.device,
+    recorder: LogprobRecorder | None,
+    n_prompt: int = 0,
 ) -> LogitsProcessorList:
-    """Give the processors for one request, in transformers' own order; none that would change nothing."""
+    """Give the processors for one request, in transformers' own order; none that would change nothing.
+
+    The reply begins after `n_prompt` tokens.
+    """
     processors = LogitsProcessorList()
     if recorder is not None:
         processors.append(recorder)
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        processors.append(ReplyPenalties(n_prompt, sampling.frequency_penalty, sampling.presence_penalty))
     if sampling.temperature == 0.0 or sampling.top_k == 1:
         return processors
     if sampling.temperature != 1.0:

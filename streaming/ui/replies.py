@@ -1,7 +1,6 @@
 """From a conversation to a reply: the request that is made, the log that is followed, the message that stays."""
 
 import asyncio
-import copy
 import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -110,11 +109,13 @@ class Replies:
 
     def chat_request(self, conversation: Conversation, reply: Message, settings: ChatSettings) -> GenerationRequest:
         """Build the request for a conversation's last message, `reply`, from where that stands."""
-        prefix_ids = reply.token_ids or (self._encode(reply.content) if reply.content else ())
+        prefix_text = "" if reply.token_ids else reply.content
         messages = [m.for_model() for m in conversation.messages if m is not reply]
         if settings.system_prompt.strip():
             messages.insert(0, {"role": "system", "content": settings.system_prompt})
-        return GenerationRequest(messages=messages, prefix_ids=prefix_ids, **settings.for_request())
+        return GenerationRequest(
+            messages=messages, prefix_ids=reply.token_ids, prefix_text=prefix_text, **settings.for_request()
+        )
 
     def _begin(self, turn: Turn) -> None:
         reply = turn.reply
@@ -144,13 +145,3 @@ class Replies:
         shown = run.prefix_text + run.log.text()
         same = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == shown
         return tuple(ids) if same else ()
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        """Encode the text of a reply that was edited, control tokens in it kept text."""
-        ids: list[int] = self._own_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return tuple(ids)
-
-    @cached_property
-    def _own_tokenizer(self) -> Any:
-        # Encoding changes a fast tokenizer's settings, and the engine encodes with its own at the same time.
-        return copy.deepcopy(self._engine.tokenizer)

@@ -119,6 +119,25 @@ class TestStopStrings:
         assert run.result(WAIT_S).text == "xEN"
 
 
+class TestPenalties:
+    """A scripted token's logit is 10 and every other's 0: a penalty of 2 a time lets it come five times."""
+
+    def test_a_token_comes_until_its_penalty_outweighs_it(self, serve):
+        engine = serve(scripted("a" * 20))
+        assert say(engine, max_new_tokens=8).result(WAIT_S).text == "a" * 8
+        assert say(engine, max_new_tokens=8, presence_penalty=2.0).result(WAIT_S).text == "a" * 8
+        text = say(engine, max_new_tokens=8, frequency_penalty=2.0).result(WAIT_S).text
+        assert (text.count("a"), text[:5]) == (5, "aaaaa")
+
+    def test_what_a_continued_reply_has_already_counts(self, serve):
+        engine = serve(scripted("a" * 20))
+        ids = byte_tokenizer()("aaa")["input_ids"]
+        engine.wait_ready(WAIT_S)
+        engine._require_loaded().model.expect(4)
+        request = GenerationRequest(prompt="?", prefix_ids=ids, max_new_tokens=8, temperature=0, frequency_penalty=2.0)
+        assert engine.submit(request).result(WAIT_S).text.count("a") == 2
+
+
 class TestErrors:
     @pytest.mark.parametrize("k", [0, 1, 7])
     def test_an_exception_at_token_k_gives_k_tokens_then_one_error_finish(self, serve, k):
@@ -377,6 +396,19 @@ class TestContinue:
         )
         assert whole.token_ids[:11] + rest.result(WAIT_S).token_ids == whole.token_ids
         assert rest.prefix_text + rest.result(WAIT_S).text == whole.text
+
+    def test_a_prefix_of_text_is_read_as_the_reply_so_far(self, serve):
+        engine = serve(tiny_llama())
+        messages = [{"role": "user", "content": "hello"}]
+        text = "so <|im_end|> far"  # control tokens in it are text
+        run = engine.submit(GenerationRequest(messages=messages, prefix_text=text, max_new_tokens=5, temperature=0))
+        ids = byte_tokenizer()(text, split_special_tokens=True)["input_ids"]
+        assert run.prompt_ids[-len(ids) :] == tuple(ids)
+        assert EOS not in ids
+        by_ids = engine.submit(GenerationRequest(messages=messages, prefix_ids=ids, max_new_tokens=5, temperature=0))
+        assert run.prompt_ids == by_ids.prompt_ids
+        assert run.prefix_text == text
+        assert run.result(WAIT_S).token_ids == by_ids.result(WAIT_S).token_ids
 
 
 class TestReuse:

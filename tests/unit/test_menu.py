@@ -1,5 +1,6 @@
 """Several models behind one engine: which are loaded, which leave, and that nobody's stream is cut for another's."""
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -66,7 +67,7 @@ class Scripted:
         def load(progress):
             self.loads.append(name)
             make_room(self.n_bytes.get(name, 100), self.n_free)
-            return loaded(Parrot([97] * 3, {1: self.wait}))
+            return dataclasses.replace(loaded(Parrot([97] * 3, {1: self.wait})), model_id=name)
 
         return LocalEngine(load, name)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import TopPLogitsWarper
 
 from streaming.engine.base import SamplingDefaults
-from streaming.engine.sampling import LogprobRecorder, SeededSampler, build_processors
+from streaming.engine.sampling import LogprobRecorder, ReplyPenalties, SeededSampler, build_processors
 from tests.tiny import byte_tokenizer
 
 CPU = torch.device("cpu")
@@ -97,3 +97,20 @@ def test_logprobs_are_taken_before_any_setting():
     logprob, top = recorder.of(65)
     assert logprob == pytest.approx(expected[65].item())
     assert [t.logprob for t in top] == pytest.approx(expected.topk(2).values.tolist())
+
+
+def test_penalties_count_the_reply_alone_as_openai_describes_them():
+    ids = torch.tensor([[5, 5, 5, 1, 2, 1, 1]])  # the prompt is 5 5 5
+    scores = torch.zeros(1, 6)
+    out = ReplyPenalties(3, frequency=0.5, presence=1.0)(ids, scores)
+    assert out.tolist() == [[0.0, -(3 * 0.5 + 1.0), -(1 * 0.5 + 1.0), 0.0, 0.0, 0.0]]
+    assert scores.tolist() == [[0.0] * 6]
+    assert ReplyPenalties(7, frequency=0.5, presence=1.0)(ids, scores).tolist() == [[0.0] * 6]
+
+
+def test_penalties_are_there_only_when_asked_for_also_for_greedy():
+    def kinds(**options):
+        return [type(p) for p in build_processors(SamplingDefaults(**options), 1, CPU, None)]
+
+    assert kinds() == []
+    assert kinds(frequency_penalty=0.1) == kinds(presence_penalty=-0.1) == [ReplyPenalties]

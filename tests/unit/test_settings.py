@@ -38,6 +38,7 @@ def test_every_flag_is_read(tmp_path):
         "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
         "--quantize", "none",
         "--cache-memory", "64", "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
+        "--api-key", "sk-one-two", "--api-key", "sk-three-four",
         "--data-dir", str(tmp_path), "--offline",
     )  # fmt: skip
     assert given == Settings(
@@ -53,6 +54,7 @@ def test_every_flag_is_read(tmp_path):
         port=0,
         share=True,
         auth=(("ann", "p:w,d"), ("bob", "x")),
+        api_key=("sk-one-two", "sk-three-four"),
         data_dir=tmp_path,
         cache_dir=tmp_path / "cache",
         offline=True,
@@ -73,6 +75,7 @@ def test_every_flag_has_a_twin(tmp_path):
         "BROOK_PORT": "8000",
         "BROOK_SHARE": "1",
         "BROOK_AUTH": "ann:pw,bob:x",
+        "BROOK_API_KEY": "sk-one-two,sk-three-four",
         "BROOK_DATA_DIR": str(tmp_path),
         "BROOK_OFFLINE": "true",
     }
@@ -89,6 +92,7 @@ def test_every_flag_has_a_twin(tmp_path):
         port=8000,
         share=True,
         auth=(("ann", "pw"), ("bob", "x")),
+        api_key=("sk-one-two", "sk-three-four"),
         data_dir=tmp_path,
         cache_dir=tmp_path / "cache",
         offline=True,
@@ -100,10 +104,11 @@ def test_every_setting_has_a_flag_and_help_with_its_default(capsys):
         load("--help")
     assert ended.value.code == 0
     help_text = " ".join(capsys.readouterr().out.split())
-    for name in {field.name for field in dataclasses.fields(Settings)} - {"cache_dir"}:
+    names = {field.name for field in dataclasses.fields(Settings)} - {"cache_dir", "space"}
+    for name in names:
         flag = "--" + {"models": "model"}.get(name, name).replace("_", "-")
         assert flag in help_text
-    assert help_text.count("(default: ") == 14
+    assert help_text.count("(default: ") == len(names)
 
 
 def test_a_flag_wins_over_its_twin_and_does_not_add_to_it():
@@ -175,6 +180,20 @@ def test_a_password_is_never_shown(capsys):
     assert "hunter2" not in repr(given)
     assert "hunter2" not in f"{given}"
     assert "hunter2" not in refusal(capsys, "--auth", ":hunter2")
+
+
+def test_an_api_key_is_never_shown_and_has_no_space_or_comma(capsys):
+    given = load("--api-key", "hunter-222")
+    assert "hunter-222" not in repr(given)
+    for wrong in ("hunter-2 22", "hunter-2,22", "hunter2", "jägerei-22"):
+        words = "--api-key: must be 8 or more letters, digits and signs, without spaces and commas"
+        assert refusal(capsys, "--api-key", wrong) == words
+
+
+def test_a_share_link_and_a_space_are_public():
+    assert not load("--host", "0.0.0.0").is_public
+    assert load("--share").is_public
+    assert load(SPACE_ID="ann/brook").is_public
 
 
 def test_settings_load_without_any_heavy_import():

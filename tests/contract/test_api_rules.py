@@ -1,0 +1,235 @@
+"""Who may ask the API, what it says to whom it refuses, and how a stream is read on after a lost connection."""
+
+import http.client
+import json
+import threading
+import urllib.parse
+
+import pytest
+
+from streaming.server import openai_api
+from tests.scripted import ScriptedEngine
+from tests.serving import WAIT_S, ask, serving, wait_for
+from tests.tiny import ScriptedModel, loaded
+
+KEYS = ("sk-first-key", "sk-second-key")
+LONG = "slow: " + "x" * 300
+
+
+def chat(text: str, **options) -> dict:
+    return {"messages": [{"role": "user", "content": text}], **options}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = ScriptedEngine()
+    engine.wait_ready(WAIT_S)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with serving(engine) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def keyed_url(engine):
+    with serving(engine, api_key=KEYS, auth=(("ann", "password"),)) as url:
+        yield url
+
+
+class Stream:
+    """A connection that reads frames one by one, and can be cut."""
+
+    def __init__(self, url: str, body: dict, **headers: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self.connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=WAIT_S)
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.connection.request("POST", "/v1/chat/completions", json.dumps({"stream": True, **body}), names)
+        self.answer = self.connection.getresponse()
+        assert self.answer.status == 200
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> tuple[str, str]:
+        """Give a frame's id and data; a comment's text as data with the id ":"."""
+        id, data = "", ""
+        while (line := self.answer.readline().decode()) not in ("\n", ""):
+            name, _, value = line.rstrip("\n").partition(": ")
+            id, data = (value, data) if name == "id" else (name or ":", value) if name != "data" else (id, value)
+        if not line:
+            raise StopIteration
+        return id, data
+
+    def cut(self) -> None:
+        self.answer.close()
+        self.connection.close()
+
+
+def text_of(frames) -> str:
+    chunks = [json.loads(data) for _, data in frames if data.startswith("{")]
+    return "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
+
+
+class TestWithoutAKey:
+    def test_this_machine_may_ask(self, url):
+        assert ask(f"{url}v1/models")[0] == 200
+        assert ask(f"{url}v1/models", origin=url.rstrip("/"))[0] == 200
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"x_forwarded_for": "127.0.0.1"},
+            {"x_forwarded_proto": "https"},
+            {"forwarded": "for=127.0.0.1"},
+            {"via": "1.1 proxy"},
+            {"x_real_ip": "127.0.0.1"},
+            {"host": "brook.example"},
+            {"host": "brook.example:7860"},
+            {"host": "10.0.0.1"},
+            {"host": "[::1"},
+            {"origin": "http://brook.example"},
+            {"origin": "http://localhost:1"},
+            {"origin": "null"},
+        ],
+    )
+    def test_a_proxy_and_a_page_of_another_origin_may_not(self, url, engine, headers):
+        n_before = engine.model.n_forwards
+        status, body = ask(f"{url}v1/chat/completions", chat("say: x"), **headers)
+        assert status == 403
+        assert body["error"]["code"] == "api_closed"
+        assert ask(f"{url}v1/models", **headers)[0] == 403
+        assert engine.model.n_forwards == n_before
+
+    def test_a_public_page_lets_nobody_in(self, engine):
+        with serving(engine, space=True) as url:
+            status, body = ask(f"{url}v1/models")
+        assert (status, body["error"]["type"]) == (403, "permission_error")
+        assert "start Brook with --api-key" in body["error"]["message"]
+
+
+class TestWithKeys:
+    @pytest.mark.parametrize("key", KEYS)
+    def test_any_of_them_opens_it_from_everywhere_whatever_the_page_asks_of_people(self, keyed_url, key):
+        headers = {"authorization": f"Bearer {key}", "origin": "https://brook.example", "x_forwarded_for": "1.2.3.4"}
+        status, body = ask(f"{keyed_url}v1/chat/completions", chat("say: x"), **headers)
+        assert (status, body["choices"][0]["message"]["content"]) == (200, "x")
+
+    @pytest.mark.parametrize(
+        "authorization", ["", "Bearer", "Bearer sk-first", f"Basic {KEYS[0]}", KEYS[0], "Bearer é"]
+    )
+    def test_no_other_does(self, keyed_url, authorization):
+        status, body = ask(f"{keyed_url}v1/models", authorization=authorization)
+        assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+        assert KEYS[0] not in json.dumps(body)
+
+    def test_what_was_read_for_one_is_not_reused_for_another(self, keyed_url):
+        def n_reused(key):
+            body = chat("say: the same many words for both", user="ann")
+            _, answer = ask(f"{keyed_url}v1/chat/completions", body, authorization=f"Bearer {key}")
+            return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        n_template = len("<|user\nsay: ")  # what any two chats of one owner have in common
+        assert n_reused(KEYS[0]) <= n_template
+        assert n_reused(KEYS[1]) <= n_template
+        assert n_reused(KEYS[0]) > n_template + len("the same many words")
+
+
+class TestRefusals:
+    def test_unknown_addresses_and_methods(self, url):
+        for method_body, path in ((None, "v1/embeddings"), ({}, "v1/embeddings"), (None, "v1/chat/completions")):
+            status, body = ask(url + path, method_body)
+            assert (status, body["error"]["code"]) == (404, "unknown_url")
+
+    @pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"messages": [}'])
+    def test_a_body_that_is_no_json(self, url, body):
+        status, answer = ask(f"{url}v1/chat/completions", body)
+        assert (status, answer["error"]["code"]) == (400, "invalid_json")
+
+    def test_a_body_that_is_too_large(self, url, monkeypatch):
+        monkeypatch.setattr(openai_api, "MAX_BODY_BYTES", 100)
+        assert ask(f"{url}v1/chat/completions", chat("say: x"))[0] == 200
+        assert ask(f"{url}v1/chat/completions", chat("say: " + "x" * 100))[0] == 413
+
+    def test_another_model(self, url):
+        status, body = ask(f"{url}v1/chat/completions", chat("say: x", model="gpt-6"))
+        assert (status, body["error"]["param"], body["error"]["code"]) == (404, "model", "model_not_found")
+
+    def test_a_model_that_is_still_loading(self):
+        release = threading.Event()
+        engine = ScriptedEngine(load=lambda progress: (release.wait(WAIT_S), loaded(ScriptedModel()))[1])
+        try:
+            with serving(engine) as url:
+                status, body = ask(f"{url}v1/chat/completions", chat("say: x"))
+                release.set()
+                assert (status, body["error"]["code"]) == (503, "model_loading")
+        finally:
+            release.set()
+            engine.close()
+
+
+class TestResuming:
+    def test_a_stream_that_waits_for_its_reader_is_read_on_where_it_was(self, url):
+        text = "slow: one two three four five"
+        stream = Stream(url, chat(text, stream_options={"resume_s": 20, "include_usage": True}))
+        frames = [next(stream) for _ in range(5)]
+        stream.cut()
+        *rest, usage, done = list(Stream(url, chat(text), last_event_id=frames[-1][0]))
+        assert text_of(frames) + text_of(rest) == "one two three four five"
+        assert json.loads(usage[1])["usage"]["completion_tokens"] == len("one two three four five") + 1
+        assert done == ("", "[DONE]")
+
+    def test_a_stream_that_nobody_comes_back_to_ends_in_time(self, url):
+        stream = Stream(url, chat(LONG, stream_options={"resume_s": 0.2}))
+        next(stream)
+        stream.cut()
+        wait_for(lambda: ask(f"{url}healthz")[1]["active"] == 0)
+
+    def test_one_of_two_readers_may_leave(self, url):
+        first = Stream(url, chat("slow: one two three"))
+        opening, token = next(first), next(first)
+        second = Stream(url, {}, last_event_id=token[0])
+        frames = [next(second)]
+        first.cut()
+        assert text_of([opening, token, *frames, *second]) == "one two three"
+
+    def test_several_choices_go_on_each_where_it_was(self, url):
+        stream = Stream(url, chat("say: abcdef", n=2))
+        frames = list(stream)
+        assert frames[-2][0].endswith(":8.8")
+        cut_at = 5
+        rest = list(Stream(url, {}, last_event_id=frames[cut_at][0]))
+        assert rest == frames[cut_at + 1 :]
+
+    def test_an_answer_is_its_owners_alone(self, keyed_url):
+        first = Stream(keyed_url, chat("say: secret"), authorization=f"Bearer {KEYS[0]}")
+        [(id, _)] = [frame for frame in first if frame[0].endswith(":1")]
+        for key, status in ((KEYS[1], 404), (KEYS[0], 200)):
+            body = chat("say: x", stream=True)
+            assert ask(f"{keyed_url}v1/chat/completions", body, authorization=f"Bearer {key}", last_event_id=id)[0] == (
+                status
+            )
+
+    @pytest.mark.parametrize("id", ["x", "chatcmpl-x:1", ":", "7"])
+    def test_an_unknown_one_is_not_found(self, url, id):
+        status, body = ask(f"{url}v1/chat/completions", chat("say: x", stream=True), last_event_id=id)
+        assert (status, body["error"]["code"]) == (404, "stream_not_found")
+
+    def test_an_id_from_the_future_is_not_found(self, url):
+        frames = list(Stream(url, chat("say: ab")))
+        last_id = frames[-2][0]
+        future = f"{last_id.partition(':')[0]}:99"
+        assert ask(f"{url}v1/chat/completions", {}, last_event_id=future)[0] == 404
+
+
+def test_a_silent_stream_sends_heartbeats(url, monkeypatch):
+    monkeypatch.setattr(openai_api, "HEARTBEAT_S", 0.05)
+    running, waiting = Stream(url, chat(LONG)), Stream(url, chat("say: x"))
+    next(running)
+    assert next(waiting)[1].startswith('{"id"')
+    assert [next(waiting), next(waiting)] == [(":", "keep-alive")] * 2
+    running.cut()
+    assert text_of(waiting) == "x"

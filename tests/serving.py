@@ -1,0 +1,56 @@
+"""Brook's page with its API on a free port of this machine, and ways to ask it without any client library."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from streaming.server.access import Access
+from streaming.server.metrics import MeteredEngine, metrics_route
+from streaming.server.openai_api import build_api_routes
+from streaming.settings import Settings
+from streaming.ui.build import build_app, launch_app
+
+WAIT_S = 30
+
+
+@contextmanager
+def serving(engine: Any, **options: Any) -> Iterator[str]:
+    """Serve an engine; give the address, with a slash at its end."""
+    settings = Settings(port=0, **options)
+    access = Access(settings.api_key, is_public=settings.is_public)
+    metered = MeteredEngine(engine)
+    app = build_app(metered)
+    routes = (*build_api_routes(metered, access), metrics_route(metered, access))
+    url, _ = launch_app(app, metered, settings, routes)
+    try:
+        yield url
+    finally:
+        app.close()
+
+
+def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """Send a body as JSON, or GET without one; give the status and what came back, read as JSON where it is."""
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(url, data, {"content-type": "application/json", **names})
+    try:
+        with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+            status, text = answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read().decode()
+    try:
+        return status, json.loads(text)
+    except ValueError:
+        return status, text
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, and fail when it never does."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was never met"
+        time.sleep(0.01)

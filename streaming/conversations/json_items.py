@@ -16,6 +16,7 @@ _KINDS = {
     list: "a list",
     dict: "an object",
 }
+_MAX_WHOLE = 2**63
 _REQUIRED: Any = object()
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Item:
         if value is None and default is not _REQUIRED:
             return default
         is_kind = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and type(value) is int and abs(value) < _MAX_WHOLE:
             return float(value)  # type: ignore[return-value]
         if not is_kind or not isinstance(value, kind):
             raise self._refusal(f"{key!r} must be {_KINDS[kind]}", key)
@@ -76,11 +77,31 @@ def read_json(text: str, first_line: int = 1) -> Any:
         ImportRefused: it is none.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text, parse_constant=_refuse_constant)
+        return value if r"\u" not in text else _whole(value)
+    except _NoNumber as error:
+        raise ImportRefused(f"This is not JSON ({error} is no number of it)", first_line) from error
     except json.JSONDecodeError as error:
         raise ImportRefused(f"This is not JSON ({error.msg})", first_line + error.lineno - 1) from error
     except RecursionError as error:
         raise ImportRefused("This is nested too deeply", first_line) from error
+
+
+class _NoNumber(Exception):
+    """NaN or Infinity, which Python's reader lets through."""
+
+
+def _refuse_constant(name: str) -> Any:
+    raise _NoNumber(name)
+
+
+def _whole(value: Any) -> Any:
+    """Put the sign for "unknown" where half a surrogate pair stands, which is no text and cannot be kept."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    return {_whole(name): _whole(one) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 def _find(text: str, path: tuple[str | int, ...]) -> int:

@@ -19,6 +19,7 @@ from streaming.conversations.tree import Conversation, Message, Reason, Role
 FORMAT = "brook-conversations"
 VERSION = 1
 _MAX_TOKEN_ID = 2**32 - 1
+_MAX_SEED = 2**63 - 1
 
 
 def write_native(conversations: Iterable[Conversation]) -> str:
@@ -80,7 +81,9 @@ def _message(item: Item) -> Message:
         raise item.refusal(f"'rating' must be -1, 0 or 1, not {rating}")
     if not all(type(i) is int and 0 <= i <= _MAX_TOKEN_ID for i in token_ids):
         raise item.refusal("'token_ids' must be a list of token ids")
-    seed: Any = item.get("seed", int) if item.value.get("seed") is not None else None
+    seed = item.get("seed", int) if item.value.get("seed") is not None else None
+    if seed is not None and not 0 <= seed <= _MAX_SEED:
+        raise item.refusal(f"'seed' must be between 0 and {_MAX_SEED}, not {seed}")
     return Message(
         role=role,  # type: ignore[arg-type]
         content=item.get("content", str),

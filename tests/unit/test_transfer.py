@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streaming.conversations.plain import BEGIN
+from streaming.conversations.store import Store
 from streaming.conversations.transfer import FORMATS, read_conversations, write_feedback
 from streaming.conversations.tree import Conversation, Message
 from streaming.errors import ImportRefused
@@ -105,6 +106,35 @@ class TestOwnJson:
         back = read_conversations(text, ME)
         assert back == several
         assert FORMATS["json"].write(back).encode() == text.encode()
+
+    @given(st.lists(conversations(), max_size=3, unique_by=lambda c: c.id))
+    def test_the_same_comes_back_by_way_of_the_store(self, several):
+        text = FORMATS["json"].write(several)
+        store = Store()
+        ids = store.add(read_conversations(text, ME))
+        assert ids == [c.id for c in several]
+        assert FORMATS["json"].write(store.open(ME, i) for i in ids).encode() == text.encode()
+        again = store.add(read_conversations(text, "account:ann"))
+        assert not set(again) & set(ids)
+        assert [dataclasses.replace(store.open("account:ann", i), id=c.id, owner=ME)
+                for i, c in zip(again, several, strict=True)] == several  # fmt: skip
+        store.close()
+
+    @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1" + "0" * 400, '"\\ud800"'])
+    def test_numbers_and_texts_that_cannot_be_kept_are_told(self, value):
+        conversation = dataclasses.replace(chat(("user", "hi")), created_at=5.5)
+        text = FORMATS["json"].write([conversation]).replace('"created_at": 5.5', f'"created_at": {value}')
+        assert refusal(text).line in (1, 2)
+
+    def test_half_a_character_is_replaced_wherever_it_stands(self):
+        conversation = chat(("user", "hi"), ("assistant", "there"), system_prompt="HERE")
+        text = FORMATS["json"].write([conversation]).replace("HERE", r"\ud83c x").replace("A title", r"\udf89")
+        [back] = read_conversations(text, ME)
+        store = Store()
+        store.add([back])
+        assert store.open(ME, back.id) == back
+        assert (back.title, back.path()[-1].settings["system_prompt"]) == ("�", "� x")
+        store.close()
 
     def test_it_belongs_to_whoever_imports_it(self):
         [back] = read_conversations(FORMATS["json"].write([chat(("user", "hi"))]), "account:ann")

@@ -1,11 +1,15 @@
 """Brook's web entry point, also on Spaces: settings → engine → page → launch."""
 
 import sys
+from contextlib import closing
 
+from streaming.conversations.store import Store
 from streaming.engine.deferred import defer_engine
 from streaming.errors import BrookError
 from streaming.models.sources import find_model
 from streaming.server.address import require_free
+from streaming.server.runs import Runs
+from streaming.server.stopping import exit_on_sigterm
 from streaming.settings import load_settings
 
 
@@ -18,23 +22,30 @@ def main() -> int:
     except BrookError as error:
         return _refuse(error)
     engine = defer_engine(settings)
+    exit_on_sigterm()
     try:
         from streaming.ui.build import build_app, launch_app
 
-        app = build_app(engine)
-        url, share_url = launch_app(app, engine, settings)
-        engine.start()  # after the page: two heavy imports at once would slow each other down
-        print(f"Brook is at {url}", flush=True)
-        if share_url:
-            print(f"Anyone can reach it at {share_url} for a week.", flush=True)
-        elif settings.share:
-            print("A share link cannot be had (Gradio's relay is out of reach); the page goes on at the address above.")
-        engine.wait_ready()
-        app.block_thread()
+        # Closed from the last to the first: replies that are being written are kept before the engine lets go of them.
+        with (
+            closing(engine),
+            closing(Store(settings.data_dir)) as store,
+            closing(Runs(engine, store, settings.grace)) as runs,
+        ):
+            app = build_app(engine, runs)
+            url, share_url = launch_app(app, engine, settings)
+            engine.start()  # after the page: two heavy imports at once would slow each other down
+            print(f"Brook is at {url}", flush=True)
+            if store.notice:
+                print(store.notice, flush=True)
+            if share_url:
+                print(f"Anyone can reach it at {share_url} for a week.", flush=True)
+            elif settings.share:
+                print("No share link can be had (Gradio's relay is out of reach); the page is at the address above.")
+            engine.wait_ready()
+            app.block_thread()
     except BrookError as error:
         return _refuse(error)
-    finally:
-        engine.close()
     return 0
 
 

@@ -10,12 +10,73 @@
   brook.busy = false;
   brook.tags = [["<think>", "</think>"]];
   let readiness = "";
+  let keeping = ""; // what is wrong with the keeping of conversations, in words
   let shown = { words: "", state: "idle" };
 
   brook.setBusy = function (busy) {
+    if (busy && !brook.busy && !opening) tell({ conversation });
     brook.busy = busy;
     document.body.classList.toggle("brook-busy", busy);
   };
+
+  // Who this tab is: a secret of the browser's own, by which the server knows its conversations, and the one shown.
+
+  const secret = stored("brook-browser") || newSecret();
+  let conversation = stored("brook-conversation", () => sessionStorage) || "";
+  let opening = true;
+
+  function newSecret() {
+    const made = btoa(String.fromCharCode(...crypto.getRandomValues(new Uint8Array(24))));
+    store("brook-browser", made.replace(/\+/g, "-").replace(/\//g, "_"));
+    return stored("brook-browser") || made.replace(/\+/g, "-").replace(/\//g, "_");
+  }
+
+  brook.tab = () => ({ browser: secret, conversation });
+
+  brook.setConversation = function (id) {
+    conversation = id;
+    opening = false;
+    store("brook-conversation", id, () => sessionStorage);
+  };
+
+  // What another tab or device did is shown when this one is looked at again; another tab of this browser tells at once.
+
+  const others = "BroadcastChannel" in window ? new BroadcastChannel("brook") : null;
+  const tell = (news) => others && others.postMessage(news);
+
+  brook.onReturn = function (open) {
+    const refresh = () => {
+      if (brook.busy || document.hidden) return;
+      opening = true;
+      open();
+    };
+    opening = true;
+    open();
+    document.addEventListener("visibilitychange", refresh);
+    window.addEventListener("focus", refresh);
+    if (others) others.onmessage = ({ data }) => data.conversation === conversation && refresh();
+  };
+
+  // While a reply is written the server is heard every half second. Gradio notices a connection that breaks, and loads
+  // the page again when the server is back; one that died without a word (a sleeping phone, a lost proxy) shows here.
+
+  const LOOK_MS = 2000;
+  const STALL_MS = 12000;
+  let heard = Date.now();
+  let looked = heard;
+  brook.hear = () => (heard = Date.now());
+  setInterval(() => {
+    const now = Date.now();
+    if (now - looked > 2 * LOOK_MS) heard = now; // this machine slept: let the stream speak first
+    looked = now;
+    if (brook.busy && now - heard > STALL_MS) {
+      heard = now;
+      fetch("healthz", { cache: "no-store" }).then(
+        () => location.reload(),
+        () => {},
+      );
+    }
+  }, LOOK_MS);
 
   brook.setStatus = function (words, state) {
     shown = { words, state };
@@ -29,7 +90,9 @@
   };
 
   brook.mountStatus = function (root) {
-    root.innerHTML = '<p id="status-line" role="status" data-state="idle"></p>';
+    root.innerHTML =
+      '<p id="keeping" role="status"></p><p id="status-line" role="status" data-state="idle"></p>';
+    byId("keeping").textContent = keeping;
     brook.setStatus(shown.words, shown.state);
     restoreDraft();
   };
@@ -75,7 +138,8 @@
 
   brook.mountConversations = function (root, props, watch, trigger) {
     const show = () => {
-      const nodes = (props.value || []).map((conversation) => {
+      const { items = [], notice = "" } = props.value || {};
+      const nodes = items.map((conversation) => {
         const item = document.createElement("div");
         item.className = "conversation";
         item.classList.toggle("active", conversation.active);
@@ -100,6 +164,8 @@
         item.append(open, remove);
         return item;
       });
+      keeping = notice;
+      if (byId("keeping")) byId("keeping").textContent = notice;
       root.replaceChildren(...nodes);
     };
     watch("value", show);

@@ -40,7 +40,7 @@
       const names = ["copy", "edit"];
       if (this.reply && last) names.push("retry", ...(message.resumable ? ["resume"] : []), "undo");
       this.offer(names);
-      this.tell(message.error);
+      this.tell(message, last);
     }
 
     offer(names) {
@@ -66,18 +66,24 @@
       else send(name, { id: this.message.id });
     }
 
-    tell(error) {
-      if (this.told === error) return;
-      this.told = error;
+    // What went wrong, or why the reply stands as it does, and the way on.
+    tell({ notice, failed, resumable }, last) {
+      const way = failed ? "retry" : last && resumable ? "resume" : "";
+      const key = notice && `${notice} ${way}`;
+      if (this.told === key) return;
+      this.told = key;
       this.notice.replaceChildren();
-      if (!error) return;
+      this.notice.classList.toggle("failed", failed);
+      if (!notice) return;
       const words = element("span", "");
-      words.textContent = error;
-      const retry = element("button", "retry-error");
-      retry.type = "button";
-      retry.textContent = "Retry";
-      retry.addEventListener("click", () => send("retry", { id: this.message.id }));
-      this.notice.append(words, retry);
+      words.textContent = notice;
+      this.notice.append(words);
+      if (!way) return;
+      const go = element("button", `${way}-notice`);
+      go.type = "button";
+      go.textContent = failed ? "Retry" : ACTIONS[way];
+      go.addEventListener("click", () => send(way, { id: this.message.id }));
+      this.notice.append(go);
     }
 
     edit() {
@@ -216,6 +222,7 @@
     root.replaceChildren(welcome, list);
     const show = () => {
       const past = (page.past = props.value || page.past);
+      if (past.conversation !== null) brook.setConversation(past.conversation);
       const before = list.dataset.conversation;
       const wanted = past.messages.map((message) => {
         const row = rowOf(message);
@@ -234,6 +241,7 @@
     };
     watch("value", show);
     show();
+    brook.onReturn(() => trigger("open", {}));
   };
 
   brook.mountLive = function (root, props, watch, trigger) {
@@ -254,6 +262,7 @@
     };
     const show = () => {
       page.live = props.value || page.live;
+      brook.hear();
       brook.setBusy(["waiting", "reading", "writing"].includes(page.live.state));
       brook.setStatus(page.live.status, page.live.state);
       // However many frames arrive, one is painted a screen refresh; a hidden page has no refreshes.

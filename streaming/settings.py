@@ -16,6 +16,9 @@ import platformdirs
 ENGINES = ("local",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "int4")
+SHARED_GRACE_S = 15.0
+SPACE_DISK = Path("/data")
+"""Where a Space has its persistent disk, if it has one."""
 
 _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -26,6 +29,7 @@ class Settings:
 
     `model` is None for the default model. `cache_memory` counts MB; None leaves it to the engine.
     `auth` holds (user, password) pairs and stays out of the repr.
+    `grace` counts the seconds that a reply goes on when nobody watches it.
     `data_dir` is for what cannot be had again, such as conversations, `cache_dir` for what can.
     """
 
@@ -39,6 +43,7 @@ class Settings:
     port: int = 7860
     share: bool = False
     auth: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    grace: float = 60.0
     data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("brook"))
     cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("brook"))
     offline: bool = False
@@ -51,11 +56,16 @@ def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[s
     """
     environment = os.environ if environment is None else environment
     # A Space is reached through a proxy outside its container.
-    host = "0.0.0.0" if "SPACE_ID" in environment else "127.0.0.1"
+    on_space = "SPACE_ID" in environment
+    host = "0.0.0.0" if on_space else "127.0.0.1"
     parser = _Parser(host)
     options: dict[str, Any] = {"host": host, **parser.parse_with_twins(arguments, environment)}
     if "data_dir" in options:
         options["cache_dir"] = options["data_dir"] / "cache"
+    elif on_space and os.access(SPACE_DISK, os.W_OK):
+        options["data_dir"] = SPACE_DISK / "brook"
+    if on_space or options.get("share"):  # strangers come and go
+        options.setdefault("grace", SHARED_GRACE_S)
     options["auth"] = tuple(options.get("auth", ()))
     return Settings(**options)
 
@@ -104,6 +114,8 @@ class _Parser(argparse.ArgumentParser):
                 help="also open a public link through Gradio's relay (default: off)"),
             self.add_argument("--auth", metavar="USER:PASSWORD", action="append", type=_user_and_password,
                 help="let only this user in; can be repeated (default: everyone)"),
+            self.add_argument("--grace", metavar="SECONDS", type=_seconds,
+                help="how long a reply goes on when nobody watches it (default: 60; 15 where shared)"),
             self.add_argument("--data-dir", metavar="DIR", type=_folder,
                 help="folder for all that Brook keeps (default: the system's own for data and caches)"),
             self.add_argument("--offline", action="store_true", help="never touch the network (default: off)"),
@@ -155,6 +167,12 @@ def _megabytes(value: str) -> int:
     if not value.isascii() or not value.isdigit() or int(value) > 2**40:
         raise argparse.ArgumentTypeError(f"must be a whole number of megabytes, not {value!r}")
     return int(value)
+
+
+def _seconds(value: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]+)?", value):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, not {value!r}")
+    return float(value)
 
 
 def _user_and_password(value: str) -> tuple[str, str]:

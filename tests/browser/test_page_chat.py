@@ -144,9 +144,9 @@ def test_a_failure_leaves_the_part_and_offers_a_retry_that_works(page):
     send(page, "fail: half a reply")
     expect(page.locator(".live .notice")).to_contain_text("the scripted failure", timeout=WAIT_MS)
     expect(last_reply(page)).to_have_text("half a reply")
-    page.locator(".retry-error").click()
+    page.locator(".retry-notice").click()
     expect(page.locator("#status-line")).to_contain_text("Finished", timeout=WAIT_MS)
-    expect(page.locator(".retry-error")).to_have_count(0)
+    expect(page.locator(".retry-notice")).to_have_count(0)
     assert last_reply(page).inner_text() == "half a reply"
 
 
@@ -249,7 +249,7 @@ def test_two_people_at_once_do_not_mix(open_page):
     assert "Ada" not in bob.locator("body").inner_text()
 
 
-def test_closing_the_browser_frees_the_model(open_page, engine):
+def test_closing_the_browser_frees_the_model(open_page, engine, short_grace):
     page = open_page()
     send(page, "slow: " + "x" * 200)
     expect(last_reply(page)).to_contain_text("x", timeout=WAIT_MS)

@@ -37,7 +37,7 @@ def test_every_flag_is_read(tmp_path):
         "--model", "a/b", "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
         "--quantize", "none",
         "--cache-memory", "64", "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
-        "--data-dir", str(tmp_path), "--offline",
+        "--grace", "7.5", "--data-dir", str(tmp_path), "--offline",
     )  # fmt: skip
     assert given == Settings(
         model="a/b",
@@ -50,6 +50,7 @@ def test_every_flag_is_read(tmp_path):
         port=0,
         share=True,
         auth=(("ann", "p:w,d"), ("bob", "x")),
+        grace=7.5,
         data_dir=tmp_path,
         cache_dir=tmp_path / "cache",
         offline=True,
@@ -68,6 +69,7 @@ def test_every_flag_has_a_twin(tmp_path):
         "BROOK_PORT": "8000",
         "BROOK_SHARE": "1",
         "BROOK_AUTH": "ann:pw,bob:x",
+        "BROOK_GRACE": "5",
         "BROOK_DATA_DIR": str(tmp_path),
         "BROOK_OFFLINE": "true",
     }
@@ -82,6 +84,7 @@ def test_every_flag_has_a_twin(tmp_path):
         port=8000,
         share=True,
         auth=(("ann", "pw"), ("bob", "x")),
+        grace=5.0,
         data_dir=tmp_path,
         cache_dir=tmp_path / "cache",
         offline=True,
@@ -96,7 +99,7 @@ def test_every_setting_has_a_flag_and_help_with_its_default(capsys):
     for name in {field.name for field in dataclasses.fields(Settings)} - {"cache_dir"}:
         flag = "--" + name.replace("_", "-")
         assert flag in help_text
-    assert help_text.count("(default: ") == 12
+    assert help_text.count("(default: ") == 13
 
 
 def test_a_flag_wins_over_its_twin_and_does_not_add_to_it():
@@ -115,6 +118,21 @@ def test_a_space_listens_on_every_address_unless_told_otherwise():
     assert load(SPACE_ID="ann/brook", BROOK_HOST="::1").host == "::1"
 
 
+def test_where_strangers_come_an_unwatched_reply_goes_on_for_less():
+    assert load().grace == 60
+    assert load("--share").grace == load(SPACE_ID="ann/brook").grace == 15
+    assert load("--share", "--grace", "0").grace == 0
+
+
+def test_a_space_keeps_conversations_on_its_disk_if_it_has_one(monkeypatch, tmp_path):
+    monkeypatch.setattr("streaming.settings.SPACE_DISK", tmp_path)
+    assert load(SPACE_ID="ann/brook").data_dir == tmp_path / "brook"
+    assert load("--data-dir", "/elsewhere", SPACE_ID="ann/brook").data_dir == Path("/elsewhere")
+    assert load().data_dir == Settings().data_dir
+    monkeypatch.setattr("streaming.settings.SPACE_DISK", tmp_path / "none")
+    assert load(SPACE_ID="ann/brook").data_dir == Settings().data_dir
+
+
 def test_data_dir_understands_home_and_relative_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -129,6 +147,7 @@ def test_data_dir_understands_home_and_relative_folders(monkeypatch, tmp_path):
         (["--port", "65536"], "--port: must be a number from 0 to 65535, not '65536'"),
         (["--port=-1"], "--port: must be a number from 0 to 65535, not '-1'"),
         (["--port", "٣"], "--port: must be a number from 0 to 65535, not '٣'"),
+        (["--grace", "soon"], "--grace: must be a number of seconds, not 'soon'"),
         (["--device", "gpu"], "--device: must be auto, cpu, mps, cuda or cuda:N, not 'gpu'"),
         (["--model", " "], "--model: must not be empty"),
         (["--host", ""], "--host: must not be empty"),

@@ -16,6 +16,9 @@ import platformdirs
 ENGINES = ("local",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "int4")
+SHARED_GRACE_S = 15.0
+SPACE_DISK = Path("/data")
+"""Where a Space has its persistent disk, if it has one."""
 
 _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -28,6 +31,7 @@ class Settings:
     `model_memory` and `cache_memory` count MB; None leaves them to what is free. `trust_remote_code` lets code run that
     comes with a model.
     `auth` holds (user, password) pairs, `api_key` the keys of the API; both stay out of the repr.
+    `grace` counts the seconds that a reply goes on when nobody watches it.
     `data_dir` is for what cannot be had again, such as conversations, `cache_dir` for what can. `space` says that this
     is a Hugging Face Space.
     """
@@ -45,6 +49,7 @@ class Settings:
     share: bool = False
     auth: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     api_key: tuple[str, ...] = field(default=(), repr=False)
+    grace: float = 60.0
     data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("brook"))
     cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("brook"))
     offline: bool = False
@@ -73,14 +78,19 @@ def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[s
     """
     environment = os.environ if environment is None else environment
     # A Space is reached through a proxy outside its container.
-    host = "0.0.0.0" if "SPACE_ID" in environment else "127.0.0.1"
+    on_space = "SPACE_ID" in environment
+    host = "0.0.0.0" if on_space else "127.0.0.1"
     parser = _Parser(host)
     options: dict[str, Any] = {"host": host, **parser.parse_with_twins(arguments, environment)}
     if "data_dir" in options:
         options["cache_dir"] = options["data_dir"] / "cache"
+    elif on_space and os.access(SPACE_DISK, os.W_OK):
+        options["data_dir"] = SPACE_DISK / "brook"
+    if on_space or options.get("share"):  # strangers come and go
+        options.setdefault("grace", SHARED_GRACE_S)
     for name in ("models", "auth", "api_key"):
         options[name] = tuple(options.get(name, ()))
-    return Settings(**options, space="SPACE_ID" in environment)
+    return Settings(**options, space=on_space)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,6 +132,8 @@ class _Parser(argparse.ArgumentParser):
                 help="let only this user in; can be repeated (default: everyone)"),
             self.add_argument("--api-key", metavar="KEY", action="append", type=_api_key,
                 help="let programs with this key use /v1; can be repeated (default: programs on this machine alone)"),
+            self.add_argument("--grace", metavar="SECONDS", type=_seconds,
+                help="how long a reply goes on when nobody watches it (default: 60; 15 where shared)"),
             self.add_argument("--data-dir", metavar="DIR", type=_folder,
                 help="folder for all that Brook keeps (default: the system's own for data and caches)"),
             self.add_argument("--offline", action="store_true", help="never touch the network (default: off)"),
@@ -174,6 +186,12 @@ def _megabytes(value: str) -> int:
     if not value.isascii() or not value.isdigit() or int(value) > 2**40:
         raise argparse.ArgumentTypeError(f"must be a whole number of megabytes, not {value!r}")
     return int(value)
+
+
+def _seconds(value: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]+)?", value):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, not {value!r}")
+    return float(value)
 
 
 def _user_and_password(value: str) -> tuple[str, str]:

@@ -150,30 +150,29 @@ class ModelMenu:
 
     def _make_room(self, model: "MenuModel", n_bytes: int, n_free: int) -> None:
         """Unload what must leave for a model of `n_bytes`; nothing where it would not fit all the same."""
-        with self._lock:
-            model.n_bytes = n_bytes
-            others = sorted((m for m in self._models.values() if m is not model), key=lambda m: m.used_at)
-            n_missing = n_bytes - n_free
-            if self._max_bytes is not None:
-                n_taken = sum(m.n_bytes for m in others if m.is_loaded)
-                n_missing = max(n_missing, n_bytes + n_taken - self._max_bytes)
-                if n_bytes > self._max_bytes:
-                    raise ModelTooLarge(
-                        f"{model.model_id} needs {n_bytes / 1e9:,.2f} GB but --model-memory allows "
-                        f"{self._max_bytes / 1e9:,.2f} GB for all models; choose a smaller one."
-                    )
-            leaving = []
-            for other in others:
-                if n_missing > 0 and other.is_loaded and not other.is_in_use:
-                    leaving.append(other)
-                    n_missing -= other.n_bytes
-        if n_missing > 0:
+        if self._max_bytes is not None and n_bytes > self._max_bytes:
             raise ModelTooLarge(
-                f"{model.model_id} needs {n_bytes / 1e9:,.2f} GB, which is {n_missing / 1e9:,.2f} GB more than there "
-                f"is beside the models in use; try again when nobody streams from them, or choose a smaller model."
+                f"{model.model_id} needs {n_bytes / 1e9:,.2f} GB but --model-memory allows "
+                f"{self._max_bytes / 1e9:,.2f} GB for all models; choose a smaller one."
             )
-        for other in leaving:
-            other.unload()
+        while True:
+            with self._lock:
+                others = [other for other in self._models.values() if other is not model and other.is_loaded]
+                n_missing = n_bytes - n_free
+                if self._max_bytes is not None:
+                    n_taken = sum(other.n_bytes for other in others)
+                    n_missing = max(n_missing, n_bytes + n_taken - self._max_bytes)
+                if n_missing <= 0:
+                    model.n_bytes = n_bytes  # from here on the others reckon with it
+                    return
+                idle = sorted((other for other in others if not other.is_in_use), key=lambda other: other.used_at)
+            n_missing -= sum(other.n_bytes for other in idle)
+            if n_missing > 0:
+                raise ModelTooLarge(
+                    f"{model.model_id} needs {n_bytes / 1e9:,.2f} GB, {n_missing / 1e9:,.2f} GB more than there is beside "
+                    f"the models in use; try again when nobody streams from them, or choose a smaller model."
+                )
+            n_free += idle[0].unload()  # 0 where someone came in the meantime: then it is no longer idle
 
 
 class MenuModel:
@@ -200,21 +199,19 @@ class MenuModel:
     def load(self) -> None:
         """Begin to load the model where it is not, also where that failed before."""
         with self._lock:
-            failed = self._engine if self._engine is not None and self._engine.status().state == "failed" else None
-            if failed is not None:
+            if self._engine is not None and self._engine.status().state == "failed":
                 self._engine = None
             self._start()
-        if failed is not None:
-            failed.close()
 
-    def unload(self, *, even_in_use: bool = False) -> None:
-        """Free its memory, unless it is in use; or then too, and cancel what it writes."""
+    def unload(self, *, even_in_use: bool = False) -> int:
+        """Free its memory, unless it is in use, or then too, and cancel what it writes; give the bytes freed."""
         with self._lock:
-            if self._is_in_use() and not even_in_use:
-                return
+            if self._engine is None or (self._is_in_use() and not even_in_use):
+                return 0
             engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
+            n_bytes, self.n_bytes = self.n_bytes, 0
+        engine.close()
+        return n_bytes
 
     @property
     def is_loaded(self) -> bool:
@@ -281,6 +278,7 @@ class MenuModel:
     def _start(self) -> Engine:
         """Give the engine, begun to load if it was not there; the lock is held."""
         if self._engine is None:
+            self.n_bytes = 0  # until it is known
             self._engine = self._make(self)
         return self._engine
 

@@ -40,9 +40,7 @@ class FileHandlers:
         if form not in FORMATS:
             return self._say(f"There is no format {form!r}.", failed=True)
         chosen = FORMATS[form]
-        return self._send(
-            name + chosen.suffix, chosen.media_type, await asyncio.to_thread(chosen.write, conversations)
-        )
+        return self._send(name + chosen.suffix, chosen.media_type, await asyncio.to_thread(chosen.write, conversations))
 
     async def take(self, session: Session, tab: Tab, event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
         """Read a file and show the first of its conversations; where it cannot be read, nothing changes."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import gradio as gr
 
-from streaming.engine.base import SamplingDefaults
-from streaming.engine.menu import MenuModel, ModelMenu
+from streaming.engine.menu import MenuModel
 from streaming.errors import BrookError
-from streaming.ui.reasoning import find_tags
+from streaming.server.runs import Runs
+from streaming.ui.session import Session
 from streaming.ui.settings_panel import offer_defaults
 from streaming.ui.status import describe_loading
 
@@ -19,30 +19,22 @@ POLL_S = 0.2
 About = AsyncGenerator[dict[str, Any], None]
 
 
-class ModelChoice:
-    """Which model a tab has chosen ("" for the first), and whose defaults its settings show."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        self.defaults = SamplingDefaults()
-        self.n_chosen = 0
-
-
 class ModelHandlers:
     """Tell a tab's header about the models. Used from event loops only."""
 
-    def __init__(self, menu: ModelMenu) -> None:
-        self._menu = menu
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+        self._menu = runs.menu
 
-    def of(self, choice: ModelChoice) -> MenuModel:
+    def of(self, session: Session) -> MenuModel:
         """Give the model that answers in a tab; the first one where the chosen one is not offered any more."""
         offered = {model.model_id: model for model in self._menu.models}
-        return offered.get(choice.name, self._menu.first)
+        return offered.get(session.model, self._menu.first)
 
-    async def greet(self, choice: ModelChoice, tab: Mapping[str, Any] | None) -> About:
+    async def greet(self, session: Session, tab: Mapping[str, Any] | None) -> About:
         """Show what there is when the page opens, with the model that the tab had before a reload."""
-        choice.name = str((tab or {}).get("model", ""))
-        model = self.of(choice)
+        session.model = str((tab or {}).get("model", ""))
+        model = self.of(session)
         if not any(model.is_loaded for model in self._menu.models):
             model.load()
         try:
@@ -55,11 +47,11 @@ class ModelHandlers:
         except BrookError as error:
             yield self._about(model, problem=str(error), failed=True)
 
-    async def choose(self, choice: ModelChoice, event: gr.EventData) -> About:
+    async def choose(self, session: Session, _tab: Any, event: gr.EventData) -> About:
         """Load a model, and have it answer once it is there; where it cannot be had, the one before stays."""
-        before = self.of(choice)
-        choice.n_chosen += 1
-        n_chosen = choice.n_chosen
+        before = self.of(session)
+        session.n_chosen += 1
+        n_chosen = session.n_chosen
         try:
             model = self._menu.find(str(event._data["name"]))
         except BrookError as error:
@@ -68,23 +60,23 @@ class ModelHandlers:
         try:
             await asyncio.to_thread(model.load)
             while not model.wait_ready(0):
-                if choice.n_chosen != n_chosen:  # another one was chosen meanwhile; this one loads on for later
+                if session.n_chosen != n_chosen:  # another one was chosen meanwhile; this one loads on for later
                     return
                 yield self._about(before, loading=model)
                 await asyncio.sleep(POLL_S)
-            choice.name = model.model_id
+            session.model = model.model_id
             yield self._about(model)
         except BrookError as error:
             self._menu.drop(model)
             yield self._about(before, problem=str(error))
 
-    async def offer(self, choice: ModelChoice, *values: Any) -> Sequence[Any]:
+    async def offer(self, session: Session, *values: Any) -> Sequence[Any]:
         """Show the model's own defaults in the settings that nobody changed."""
-        model = self.of(choice)
+        model = self.of(session)
         if model.status().state != "ready":
             return values
-        before, choice.defaults = choice.defaults, model.defaults
-        return offer_defaults(values, choice.defaults, before)
+        before, session.defaults = session.defaults, model.defaults
+        return offer_defaults(values, session.defaults, before)
 
     def _about(
         self, model: MenuModel, *, loading: MenuModel | None = None, problem: str = "", failed: bool = False
@@ -98,5 +90,5 @@ class ModelHandlers:
             "loading": None if status is None else {"words": describe_loading(status), "part": status.part},
             "problem": problem,
             "failed": failed,
-            "tags": [list(pair) for pair in find_tags(model.tokenizer).pairs] if is_known else None,
+            "tags": [list(pair) for pair in self._runs.tags(model).pairs] if is_known else None,
         }

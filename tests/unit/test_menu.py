@@ -182,7 +182,7 @@ class TestRoom:
         one = scripted("a", "b", max_bytes=150)
         one.n_bytes["b"] = 10**10
         one.use("a")
-        with pytest.raises(ModelTooLarge, match=r"b needs 10\.00 GB but --model-memory allows 0\.00 GB"):
+        with pytest.raises(ModelTooLarge, match=r"^b needs 10\.00 GB but --model-memory allows 0\.00 GB"):
             one.menu.find("b").wait_ready(WAIT_S)
         assert states(one.menu) == {"a": "ready", "b": "failed"}
 

@@ -38,7 +38,7 @@ def test_every_flag_is_read(tmp_path):
         "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
         "--quantize", "none",
         "--cache-memory", "64", "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
-        "--api-key", "sk-one-two", "--api-key", "sk-three-four",
+        "--api-key", "sk-one-two", "--api-key", "sk-three-four", "--grace", "7.5",
         "--data-dir", str(tmp_path), "--offline",
     )  # fmt: skip
     assert given == Settings(
@@ -55,6 +55,7 @@ def test_every_flag_is_read(tmp_path):
         share=True,
         auth=(("ann", "p:w,d"), ("bob", "x")),
         api_key=("sk-one-two", "sk-three-four"),
+        grace=7.5,
         data_dir=tmp_path,
         cache_dir=tmp_path / "cache",
         offline=True,
@@ -76,6 +77,7 @@ def test_every_flag_has_a_twin(tmp_path):
         "BROOK_SHARE": "1",
         "BROOK_AUTH": "ann:pw,bob:x",
         "BROOK_API_KEY": "sk-one-two,sk-three-four",
+        "BROOK_GRACE": "5",
         "BROOK_DATA_DIR": str(tmp_path),
         "BROOK_OFFLINE": "true",
     }
@@ -93,6 +95,7 @@ def test_every_flag_has_a_twin(tmp_path):
         share=True,
         auth=(("ann", "pw"), ("bob", "x")),
         api_key=("sk-one-two", "sk-three-four"),
+        grace=5.0,
         data_dir=tmp_path,
         cache_dir=tmp_path / "cache",
         offline=True,
@@ -127,6 +130,21 @@ def test_a_space_listens_on_every_address_unless_told_otherwise():
     assert load(SPACE_ID="ann/brook", BROOK_HOST="::1").host == "::1"
 
 
+def test_where_strangers_come_an_unwatched_reply_goes_on_for_less():
+    assert load().grace == 60
+    assert load("--share").grace == load(SPACE_ID="ann/brook").grace == 15
+    assert load("--share", "--grace", "0").grace == 0
+
+
+def test_a_space_keeps_conversations_on_its_disk_if_it_has_one(monkeypatch, tmp_path):
+    monkeypatch.setattr("streaming.settings.SPACE_DISK", tmp_path)
+    assert load(SPACE_ID="ann/brook").data_dir == tmp_path / "brook"
+    assert load("--data-dir", "/elsewhere", SPACE_ID="ann/brook").data_dir == Path("/elsewhere")
+    assert load().data_dir == Settings().data_dir
+    monkeypatch.setattr("streaming.settings.SPACE_DISK", tmp_path / "none")
+    assert load(SPACE_ID="ann/brook").data_dir == Settings().data_dir
+
+
 def test_data_dir_understands_home_and_relative_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -141,6 +159,7 @@ def test_data_dir_understands_home_and_relative_folders(monkeypatch, tmp_path):
         (["--port", "65536"], "--port: must be a number from 0 to 65535, not '65536'"),
         (["--port=-1"], "--port: must be a number from 0 to 65535, not '-1'"),
         (["--port", "٣"], "--port: must be a number from 0 to 65535, not '٣'"),
+        (["--grace", "soon"], "--grace: must be a number of seconds, not 'soon'"),
         (["--device", "gpu"], "--device: must be auto, cpu, mps, cuda or cuda:N, not 'gpu'"),
         (["--model", " "], "--model: must not be empty"),
         (["--host", ""], "--host: must not be empty"),

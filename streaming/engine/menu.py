@@ -169,8 +169,8 @@ class ModelMenu:
             n_missing -= sum(other.n_bytes for other in idle)
             if n_missing > 0:
                 raise ModelTooLarge(
-                    f"{model.model_id} needs {n_bytes / 1e9:,.2f} GB, {n_missing / 1e9:,.2f} GB more than there is beside "
-                    f"the models in use; try again when nobody streams from them, or choose a smaller model."
+                    f"{model.model_id} needs {n_bytes / 1e9:,.2f} GB, {n_missing / 1e9:,.2f} GB more than there is "
+                    f"beside the models in use; try again when nobody streams from them, or choose a smaller model."
                 )
             n_free += idle[0].unload()  # 0 where someone came in the meantime: then it is no longer idle
 

@@ -1,13 +1,18 @@
 """Brook's web entry point, also on Spaces: settings → engine → page → launch."""
 
 import sys
+from contextlib import closing
 
-from streaming.engine.deferred import defer_engine
+from streaming.conversations.store import Store
+from streaming.engine.menu import load_menu
 from streaming.errors import BrookError
-from streaming.models.sources import find_model
-from streaming.server.access import Access
-from streaming.server.address import require_free, require_reachable
+from streaming.models.sources import check_sources
+from streaming.server.address import require_free
+from streaming.server.runs import Runs
+from streaming.server.stopping import exit_on_sigterm
 from streaming.settings import load_settings
+
+NO_SHARE = "No share link can be had (Gradio's relay is out of reach); the page is there all the same."
 
 
 def main() -> int:
@@ -15,35 +20,32 @@ def main() -> int:
     settings = load_settings()
     try:  # what can be refused is refused before the seconds that the imports take
         require_free(settings.host, settings.port)
-        if settings.base_url is not None:
-            require_reachable(settings.base_url)
-        else:
-            find_model(settings.model, offline=settings.offline, cache_dir=settings.cache_dir).check()
+        check_sources(settings)
     except BrookError as error:
         return _refuse(error)
-    engine = defer_engine(settings)
+    menu = load_menu(settings)
+    exit_on_sigterm()
     try:
-        from streaming.server.metrics import MeteredEngine, metrics_route
-        from streaming.server.openai_api import build_api_routes
+        from streaming.server.routes import meter
         from streaming.ui.build import build_app, launch_app
 
-        metered = MeteredEngine(engine)
-        app = build_app(metered)
-        access = Access(settings.api_key, is_public=settings.is_public)
-        routes = (*build_api_routes(metered, access), metrics_route(metered, access))
-        url, share_url = launch_app(app, metered, settings, routes)
-        engine.start()  # after the page: two heavy imports at once would slow each other down
-        print(f"Brook is at {url}", flush=True)
-        if share_url:
-            print(f"Anyone can reach it at {share_url} for a week.", flush=True)
-        elif settings.share:
-            print("A share link cannot be had (Gradio's relay is out of reach); the page goes on at the address above.")
-        engine.wait_ready()
-        app.block_thread()
+        engine, routes = meter(menu, settings)
+        # Closed from the last to the first: replies that are being written are kept before the engine lets them go.
+        with (
+            closing(menu),
+            closing(Store(settings.data_dir)) as store,
+            closing(Runs(engine, store, settings.grace, menu)) as runs,
+        ):
+            app = build_app(engine, runs)
+            url, share_url = launch_app(app, engine, settings, routes)
+            menu.start()  # after the page: two heavy imports at once would slow each other down
+            shared = f"Anyone can reach it at {share_url} for a week." if share_url else NO_SHARE * settings.share
+            for words in filter(None, (f"Brook is at {url}", store.notice, shared)):
+                print(words, flush=True)
+            menu.wait_ready()
+            app.block_thread()
     except BrookError as error:
         return _refuse(error)
-    finally:
-        engine.close()
     return 0
 
 

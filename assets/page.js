@@ -10,12 +10,80 @@
   brook.busy = false;
   brook.tags = [["<think>", "</think>"]];
   let readiness = "";
+  let keeping = ""; // what is wrong with the keeping of conversations, in words
+
+  brook.setKeeping = function (words) {
+    keeping = words;
+    if (byId("keeping")) byId("keeping").textContent = words;
+  };
   let shown = { words: "", state: "idle" };
 
   brook.setBusy = function (busy) {
+    if (busy && !brook.busy && !opening) tell({ conversation });
     brook.busy = busy;
     document.body.classList.toggle("brook-busy", busy);
   };
+
+  // Who this tab is: a secret of the browser's own, by which the server knows its conversations, and the one shown.
+
+  const secret = stored("brook-browser") || newSecret();
+  let conversation = stored("brook-conversation", () => sessionStorage) || "";
+  let opening = true;
+
+  function newSecret() {
+    const made = btoa(String.fromCharCode(...crypto.getRandomValues(new Uint8Array(24))));
+    store("brook-browser", made.replace(/\+/g, "-").replace(/\//g, "_"));
+    return stored("brook-browser") || made.replace(/\+/g, "-").replace(/\//g, "_");
+  }
+
+  let model = stored("brook-model", () => sessionStorage) || "";
+
+  brook.tab = () => ({ browser: secret, conversation, model });
+
+  brook.setConversation = function (id) {
+    conversation = id;
+    opening = false;
+    store("brook-conversation", id, () => sessionStorage);
+  };
+
+  // What another tab or device did is shown when this one is looked at again; another tab of this browser tells at once.
+
+  const others = "BroadcastChannel" in window ? new BroadcastChannel("brook") : null;
+  const tell = (news) => others && others.postMessage(news);
+
+  brook.onReturn = function (open) {
+    const refresh = () => {
+      if (brook.busy || document.hidden) return;
+      opening = true;
+      open();
+    };
+    opening = true;
+    open();
+    document.addEventListener("visibilitychange", refresh);
+    window.addEventListener("focus", refresh);
+    if (others) others.onmessage = ({ data }) => data.conversation === conversation && refresh();
+  };
+
+  // While a reply is written the server is heard every half second. Gradio notices a connection that breaks, and loads
+  // the page again when the server is back; one that died without a word (a sleeping phone, a lost proxy) shows here.
+
+  const LOOK_MS = 2000;
+  const STALL_MS = 12000;
+  let heard = Date.now();
+  let looked = heard;
+  brook.hear = () => (heard = Date.now());
+  setInterval(() => {
+    const now = Date.now();
+    if (now - looked > 2 * LOOK_MS) heard = now; // this machine slept: let the stream speak first
+    looked = now;
+    if (brook.busy && now - heard > STALL_MS) {
+      heard = now;
+      fetch("healthz", { cache: "no-store" }).then(
+        () => location.reload(),
+        () => {},
+      );
+    }
+  }, LOOK_MS);
 
   brook.setStatus = function (words, state) {
     shown = { words, state };
@@ -29,7 +97,9 @@
   };
 
   brook.mountStatus = function (root) {
-    root.innerHTML = '<p id="status-line" role="status" data-state="idle"></p>';
+    root.innerHTML =
+      '<p id="keeping" role="status"></p><p id="status-line" role="status" data-state="idle"></p>';
+    byId("keeping").textContent = keeping;
     brook.setStatus(shown.words, shown.state);
     restoreDraft();
   };
@@ -46,14 +116,12 @@
     draft.area().dispatchEvent(new Event("input", { bubbles: true }));
   }
 
-  // The header, with what the server says about the model: {model, readiness, failed, tags}
-  brook.mountAbout = function (root, props, watch) {
-    const model = Object.assign(document.createElement("div"), { className: "model" });
-    const name = document.createElement("span");
-    model.append(document.createElement("i"), name);
+  // The header, with what the server says about the models: see ui/models.py
+  brook.mountAbout = function (root, props, watch, trigger) {
+    const models = brook.makeModelMenu((name) => trigger("choose", { name }));
     root.append(
       button("menu", "Conversations", () => toggle("sidebar")),
-      model,
+      models.root,
       button("theme", "Light or dark", () => {
         const dark = !document.body.classList.contains("dark");
         setTheme(dark);
@@ -63,47 +131,18 @@
     );
     const show = () => {
       const about = props.value || {};
-      name.textContent = name.title = (about.model || "").replace(/^.*[/\\]/, "");
-      readiness = about.readiness || "";
-      model.dataset.state = about.failed ? "failed" : readiness ? "loading" : "ready";
+      models.show(about);
+      readiness = about.loading ? about.loading.words : about.failed ? about.problem : "";
+      if (about.models) {
+        model = about.model;
+        store("brook-model", model, () => sessionStorage);
+      }
       brook.tags = about.tags || brook.tags;
       brook.setStatus(shown.words, shown.state);
     };
     watch("value", show);
     show();
-  };
-
-  brook.mountConversations = function (root, props, watch, trigger) {
-    const show = () => {
-      const nodes = (props.value || []).map((conversation) => {
-        const item = document.createElement("div");
-        item.className = "conversation";
-        item.classList.toggle("active", conversation.active);
-        item.classList.toggle("busy", conversation.busy);
-        const open = document.createElement("button");
-        open.type = "button";
-        open.className = "open";
-        open.dir = "auto";
-        open.textContent = conversation.title;
-        if (conversation.active) open.setAttribute("aria-current", "true");
-        open.addEventListener("click", () => {
-          trigger("select", { id: conversation.id });
-          if (!ROOMY.matches) close("sidebar");
-        });
-        const remove = document.createElement("button");
-        remove.type = "button";
-        remove.className = "remove";
-        remove.title = "Delete";
-        remove.setAttribute("aria-label", `Delete ${conversation.title}`);
-        remove.innerHTML = brook.icon("close");
-        remove.addEventListener("click", () => trigger("delete", { id: conversation.id }));
-        item.append(open, remove);
-        return item;
-      });
-      root.replaceChildren(...nodes);
-    };
-    watch("value", show);
-    show();
+    trigger("look", {});
   };
 
   function button(name, title, onClick) {
@@ -128,6 +167,7 @@
   function close(name) {
     document.body.classList.remove(`${name}-open`);
   }
+  brook.closeOnPhones = (name) => ROOMY.matches || close(name);
 
   // Storage may be forbidden (private windows, some frames); the page works without.
   function store(key, value, where = () => localStorage) {
@@ -168,7 +208,8 @@
         event.stopPropagation();
         if (!event.isComposing) event.preventDefault();
       } else if (event.key === "Escape") {
-        if (typesText(event.target) && event.target.classList.contains("editor")) return;
+        const closesItself = ".editor, .renaming, .conversation-search, .feedback, dialog[open], :popover-open";
+        if (event.target.closest(closesItself) || document.querySelector(":popover-open")) return;
         const stops = [byId("complete-stop"), byId("stop")].filter((stop) => stop && stop.offsetParent);
         if (stops.length) stops[0].click();
         if (!ROOMY.matches) ["sidebar", "settings"].forEach(close);

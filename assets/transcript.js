@@ -12,6 +12,8 @@
     retry: "Regenerate",
     resume: "Continue",
     undo: "Undo this exchange",
+    good: "Good reply",
+    bad: "Bad reply",
   };
 
   class Row {
@@ -23,6 +25,7 @@
       this.body = element("div", "body");
       this.notice = element("div", "notice");
       this.actions = element("div", "actions");
+      this.siblings = [];
       this.bubble.append(this.body);
       this.root.append(this.bubble, this.notice, this.actions);
       if (message.role === "user") this.body.dir = "auto";
@@ -37,17 +40,22 @@
       this.root.classList.toggle("writing", writing);
       this.root.classList.toggle("waiting", waiting && !message.text);
       this.root.classList.toggle("empty", !writing && !waiting && !message.text);
+      // What streams says nothing of its alternatives: they stay as they were.
+      if (message.siblings.length) this.siblings = message.siblings;
       const names = ["copy", "edit"];
       if (this.reply && last) names.push("retry", ...(message.resumable ? ["resume"] : []), "undo");
+      if (this.reply) names.push("good", "bad");
       this.offer(names);
-      this.tell(message.error);
+      brook.showRating(this);
+      this.tell(message, last);
     }
 
     offer(names) {
-      const key = names.join();
+      const key = names.join() + this.siblings;
       if (this.offered === key) return;
       this.offered = key;
       this.actions.replaceChildren(
+        ...brook.makeBranchSwitch(this.siblings, this.message.id, (id) => send("branch", { id })),
         ...names.map((name) => {
           const button = element("button", `action ${name}`);
           button.type = "button";
@@ -63,21 +71,28 @@
     act(name, button) {
       if (name === "copy") brook.copyText(this.message.text, button);
       else if (name === "edit") this.edit();
+      else if (name === "good" || name === "bad") brook.rate(this, name, (rating) => send("rate", rating));
       else send(name, { id: this.message.id });
     }
 
-    tell(error) {
-      if (this.told === error) return;
-      this.told = error;
+    // What went wrong, or why the reply stands as it does, and the way on.
+    tell({ notice, failed, resumable }, last) {
+      const way = failed ? "retry" : last && resumable ? "resume" : "";
+      const key = notice && `${notice} ${way}`;
+      if (this.told === key) return;
+      this.told = key;
       this.notice.replaceChildren();
-      if (!error) return;
+      this.notice.classList.toggle("failed", failed);
+      if (!notice) return;
       const words = element("span", "");
-      words.textContent = error;
-      const retry = element("button", "retry-error");
-      retry.type = "button";
-      retry.textContent = "Retry";
-      retry.addEventListener("click", () => send("retry", { id: this.message.id }));
-      this.notice.append(words, retry);
+      words.textContent = notice;
+      this.notice.append(words);
+      if (!way) return;
+      const go = element("button", `${way}-notice`);
+      go.type = "button";
+      go.textContent = failed ? "Retry" : ACTIONS[way];
+      go.addEventListener("click", () => send(way, { id: this.message.id }));
+      this.notice.append(go);
     }
 
     edit() {
@@ -188,7 +203,7 @@
     },
   };
 
-  const page = { past: { messages: [], conversation: null }, live: { state: "idle", status: "", message: null } };
+  const page = { past: { messages: [], conversation: null, tree: [] }, live: { state: "idle", status: "", message: null } };
 
   function isEmpty() {
     return !page.past.messages.length && !page.live.message;
@@ -213,9 +228,11 @@
     }
     welcome.append(title, choices);
     const list = element("div", "rows");
-    root.replaceChildren(welcome, list);
+    const tree = brook.makeTree((id) => send("branch", { id }));
+    root.replaceChildren(welcome, tree.root, list);
     const show = () => {
       const past = (page.past = props.value || page.past);
+      if (past.conversation !== null) brook.setConversation(past.conversation);
       const before = list.dataset.conversation;
       const wanted = past.messages.map((message) => {
         const row = rowOf(message);
@@ -223,6 +240,7 @@
         return row.root;
       });
       list.replaceChildren(...wanted);
+      tree.show(past.tree);
       list.dataset.conversation = past.conversation || "";
       const kept = new Set(past.messages.map((m) => m.id));
       if (page.live.message) kept.add(page.live.message.id);
@@ -234,6 +252,7 @@
     };
     watch("value", show);
     show();
+    brook.onReturn(() => trigger("open", {}));
   };
 
   brook.mountLive = function (root, props, watch, trigger) {
@@ -254,6 +273,7 @@
     };
     const show = () => {
       page.live = props.value || page.live;
+      brook.hear();
       brook.setBusy(["waiting", "reading", "writing"].includes(page.live.state));
       brook.setStatus(page.live.status, page.live.state);
       // However many frames arrive, one is painted a screen refresh; a hidden page has no refreshes.

@@ -69,11 +69,12 @@ class ReadyEngine:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: `n_yields` frames in `seconds`, `n_bytes` of them on the wire."""
+    """One run: `n_yields` frames in `seconds`, `n_bytes` of them on the wire; `last` are the outputs at its end."""
 
     n_yields: int
     seconds: float
     n_bytes: int
+    last: list[Any]
 
 
 class Client:
@@ -104,6 +105,7 @@ class Client:
         body = {"data": data, "fn_index": event[0], "trigger_id": event[1], "session_hash": self._session}
         self._http.post("/gradio_api/queue/join", json=body).raise_for_status()
         n_yields = n_bytes = 0
+        last: list[Any] = []
         began = ended = 0.0
         with self._http.stream("GET", "/gradio_api/queue/data", params={"session_hash": self._session}) as answer:
             for line in answer.iter_lines():
@@ -118,9 +120,10 @@ class Client:
                 elif message["msg"] == "process_completed":
                     if not message["success"]:
                         raise SystemExit(f"The page answered with an error: {message}")
+                    last = message["output"]["data"]
                 elif message["msg"] == "close_stream":
                     break
-        return Measured(n_yields, ended - began, n_bytes)
+        return Measured(n_yields, ended - began, n_bytes, last)
 
 
 def serve_plain(n_messages: int, n_tokens: int) -> tuple[gr.Blocks, str]:
@@ -163,9 +166,12 @@ def measure_brook(n_messages: int, n_tokens: int) -> Measured:
         streamed = client.after(sent)
         settled = client.after(streamed)
 
+        tab = {"browser": "a" * 32, "conversation": ""}
+
         def ask(text: str, n: int) -> Measured:
-            # The session's state, the message, then the settings in the panel's order.
-            client.call(sent, [None, text, "", n, 0.0, 1.0, 0, 0.0, 1.0, 0, ""])
+            # The session's state, what the tab says of itself, the message, then the settings in the panel's order.
+            shown = client.call(sent, [None, tab, text, "", n, 0.0, 1.0, 0, 0.0, 1.0, 0, ""])
+            tab["conversation"] = shown.last[1]["conversation"]
             measured = client.call(streamed, [None])
             client.call_at_once(settled, [None])
             return measured

@@ -107,3 +107,11 @@ class DefaultModelUnavailable(ModelUnavailable):
 
 class AddressUnavailable(BrookError):
     """A host and port on which nothing can listen, mostly because another program does."""
+
+
+class ImportRefused(BrookError, ValueError):
+    """A file of conversations that cannot be read; `line` is the one at fault, counted from 1."""
+
+    def __init__(self, words: str, line: int) -> None:
+        super().__init__(f"Line {line:,}: {words[:1].lower()}{words[1:]}. Nothing was imported.")
+        self.line = line

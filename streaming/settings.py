@@ -10,12 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import platformdirs
 
 ENGINES = ("local", "remote")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "int4")
+SHARED_GRACE_S = 15.0
+SPACE_DISK = Path("/data")
+"""Where a Space has its persistent disk, if it has one."""
 
 _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -24,14 +28,19 @@ _SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 class Settings:
     """What the app was asked to do.
 
-    `model` is None for the default model. `cache_memory` counts MB; None leaves it to the engine.
+    `models` are those that can be chosen on the page, the first one at the start; empty is the default model.
+    `model_memory` and `cache_memory` count MB; None leaves them to what is free. `trust_remote_code` lets code run that
+    comes with a model.
     `base_url` is there with the remote engine alone; `api_key_env` names the variable that holds that server's key.
     `auth` holds (user, password) pairs, `api_key` the keys of the API; both stay out of the repr.
+    `grace` counts the seconds that a reply goes on when nobody watches it.
     `data_dir` is for what cannot be had again, such as conversations, `cache_dir` for what can. `space` says that this
     is a Hugging Face Space.
     """
 
-    model: str | None = None
+    models: tuple[str, ...] = ()
+    model_memory: int | None = None
+    trust_remote_code: bool = False
     engine: str = "local"
     base_url: str | None = None
     api_key_env: str | None = None
@@ -44,6 +53,7 @@ class Settings:
     share: bool = False
     auth: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     api_key: tuple[str, ...] = field(default=(), repr=False)
+    grace: float = 60.0
     data_dir: Path = field(default_factory=lambda: platformdirs.user_data_path("brook"))
     cache_dir: Path = field(default_factory=lambda: platformdirs.user_cache_path("brook"))
     offline: bool = False
@@ -54,6 +64,21 @@ class Settings:
         """Whether strangers can reach the app from anywhere."""
         return self.share or self.space
 
+    @property
+    def model(self) -> str | None:
+        """The model at the start; None is the default one."""
+        return self.models[0] if self.models else None
+
+    @property
+    def server(self) -> str | None:
+        """The remote engine's server, as it is shown to people."""
+        return None if self.base_url is None else urlsplit(self.base_url).netloc
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether people on other machines can reach the app."""
+        return self.is_public or self.host not in ("127.0.0.1", "localhost", "::1")
+
 
 def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> Settings:
     """Read the flags (`sys.argv` by default) and their twins (`os.environ` by default).
@@ -62,26 +87,20 @@ def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[s
     """
     environment = os.environ if environment is None else environment
     # A Space is reached through a proxy outside its container.
-    host = "0.0.0.0" if "SPACE_ID" in environment else "127.0.0.1"
+    on_space = "SPACE_ID" in environment
+    host = "0.0.0.0" if on_space else "127.0.0.1"
     parser = _Parser(host)
     options: dict[str, Any] = {"host": host, **parser.parse_with_twins(arguments, environment)}
     parser.check_remote(options, environment)
     if "data_dir" in options:
         options["cache_dir"] = options["data_dir"] / "cache"
-    for name in ("auth", "api_key"):
+    elif on_space and os.access(SPACE_DISK, os.W_OK):
+        options["data_dir"] = SPACE_DISK / "brook"
+    if on_space or options.get("share"):  # strangers come and go
+        options.setdefault("grace", SHARED_GRACE_S)
+    for name in ("models", "auth", "api_key"):
         options[name] = tuple(options.get(name, ()))
-    return Settings(**options, space="SPACE_ID" in environment)
-
-
-class _Once(argparse.Action):
-    """Keep a flag's value, and refuse a second one, which argparse would take silently."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
-    ) -> None:
-        if hasattr(namespace, self.dest):
-            parser.error(f"argument {option_string}: one model at a time")
-        setattr(namespace, self.dest, values)
+    return Settings(**options, space=on_space)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,8 +117,12 @@ class _Parser(argparse.ArgumentParser):
         )
         self._twin = ""
         self._flags = [
-            self.add_argument("--model", metavar="ID_OR_PATH", action=_Once, type=_text,
-                help="hub id, folder or .gguf file (default: SmolLM2-135M-Instruct)"),
+            self.add_argument("--model", dest="models", metavar="ID_OR_PATH", action="append", type=_text,
+                help="hub id, folder or .gguf file; repeated, a menu of them (default: SmolLM2-135M-Instruct)"),
+            self.add_argument("--model-memory", metavar="MB", type=_megabytes,
+                help="memory for all loaded models; the one used longest ago leaves (default: what is free)"),
+            self.add_argument("--trust-remote-code", action="store_true",
+                help="let code run that comes with a model (default: off)"),
             self.add_argument("--engine", choices=ENGINES, help="what runs the model (default: local)"),
             self.add_argument("--base-url", metavar="URL", type=_url,
                 help="where the remote engine's server has OpenAI's API (default: none)"),
@@ -123,6 +146,8 @@ class _Parser(argparse.ArgumentParser):
                 help="let only this user in; can be repeated (default: everyone)"),
             self.add_argument("--api-key", metavar="KEY", action="append", type=_api_key,
                 help="let programs with this key use /v1; can be repeated (default: programs on this machine alone)"),
+            self.add_argument("--grace", metavar="SECONDS", type=_seconds,
+                help="how long a reply goes on when nobody watches it (default: 60; 15 where shared)"),
             self.add_argument("--data-dir", metavar="DIR", type=_folder,
                 help="folder for all that Brook keeps (default: the system's own for data and caches)"),
             self.add_argument("--offline", action="store_true", help="never touch the network (default: off)"),
@@ -155,9 +180,8 @@ class _Parser(argparse.ArgumentParser):
             if value.lower() not in _SWITCHES:
                 self.error(f"{name}: must be 1 or 0, not {value!r}")
             return [name] if _SWITCHES[value.lower()] else []
-        return [
-            f"{name}={part.strip()}" for part in (value.split(",") if flag.dest in ("auth", "api_key") else [value])
-        ]
+        parts = value.split(",") if flag.dest in ("models", "auth", "api_key") else [value]
+        return [f"{name}={part.strip()}" for part in parts]
 
     def error(self, message: str) -> NoReturn:
         name, separator, rest = message.removeprefix("argument ").partition(": ")
@@ -193,6 +217,12 @@ def _megabytes(value: str) -> int:
     if not value.isascii() or not value.isdigit() or int(value) > 2**40:
         raise argparse.ArgumentTypeError(f"must be a whole number of megabytes, not {value!r}")
     return int(value)
+
+
+def _seconds(value: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]+)?", value):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, not {value!r}")
+    return float(value)
 
 
 def _user_and_password(value: str) -> tuple[str, str]:

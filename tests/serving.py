@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from streaming.server.access import Access
-from streaming.server.metrics import MeteredEngine, metrics_route
-from streaming.server.openai_api import build_api_routes
+from streaming.engine.menu import ModelMenu
+from streaming.server.routes import meter
+from streaming.server.runs import Runs
 from streaming.settings import Settings
 from streaming.ui.build import build_app, launch_app
 
@@ -21,15 +21,16 @@ WAIT_S = 30
 def serving(engine: Any, **options: Any) -> Iterator[str]:
     """Serve an engine; give the address, with a slash at its end."""
     settings = Settings(port=0, **options)
-    access = Access(settings.api_key, is_public=settings.is_public)
-    metered = MeteredEngine(engine)
-    app = build_app(metered)
-    routes = (*build_api_routes(metered, access), metrics_route(metered, access))
+    menu = engine if isinstance(engine, ModelMenu) else ModelMenu.of(engine)
+    metered, routes = meter(menu, settings)
+    runs = Runs(metered, menu=menu)
+    app = build_app(metered, runs)
     url, _ = launch_app(app, metered, settings, routes)
     try:
         yield url
     finally:
         app.close()
+        runs.close()
 
 
 def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:

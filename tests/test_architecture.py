@@ -20,6 +20,7 @@ FLOORS = [
     ["streaming.engine"],
     ["streaming.models"],
     ["streaming.chat"],
+    ["streaming.reasoning"],
     ["streaming.streamers"],
     ["streaming.detokenizer"],
     ["streaming.log"],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streaming.conversations.database import Database
-from streaming.conversations.tree import Conversation, Message
+from streaming.conversations.tree import Conversation, Message, new_id
 
 DELETED_KEPT_S = 24 * 3600.0
 """How long a deleted conversation can be had back."""
@@ -95,28 +95,24 @@ class Store:
         new = list(messages)
 
         def write(db: sqlite3.Connection) -> None:
-            kept = db.execute(
-                "INSERT INTO conversation (id, owner, title, leaf, pinned, created_at, updated_at) "
-                "VALUES (:id, :owner, :title, :leaf, :pinned, :created_at, :updated_at) "
-                "ON CONFLICT (id) DO UPDATE SET "
-                "title = excluded.title, leaf = excluded.leaf, updated_at = excluded.updated_at "
-                "WHERE owner = excluded.owner",
-                {
-                    name: getattr(conversation, name)
-                    for name in ("id", "owner", "title", "leaf", "pinned", "created_at", "updated_at")
-                },
-            ).rowcount
-            if not kept:
-                return
-            for message in new:
-                names = ("conversation", *_COLUMNS.split(", "))
-                values = {"conversation": conversation.id, **_row(message)}
-                number = db.execute(
-                    f"INSERT INTO message ({', '.join(names)}) VALUES (:{', :'.join(names)})", values
-                ).lastrowid
-                _index(db, number, message)
+            _insert(db, conversation, new)
 
         self._database.run(write)
+
+    def add(self, conversations: Iterable[Conversation]) -> list[str]:
+        """Keep conversations from elsewhere, all or none; give their ids, which are new where theirs are taken."""
+        given = list(conversations)
+
+        def write(db: sqlite3.Connection) -> list[str]:
+            ids = []
+            for conversation in given:
+                taken = db.execute("SELECT 1 FROM conversation WHERE id = ?", (conversation.id,)).fetchone()
+                kept = conversation if taken is None else replace(conversation, id=new_id())
+                _insert(db, kept, kept.messages.values())
+                ids.append(kept.id)
+            return ids
+
+        return self._database.run(write)
 
     def update(self, conversation_id: str, reply: Message) -> None:
         """Keep how far a reply has come, or how it ended. Once it has (`reason`), searches find it."""
@@ -241,6 +237,25 @@ def _mark_interrupted(db: sqlite3.Connection) -> None:
     ).fetchall()
     for row in rows:
         _index(db, row["number"], _message(row))
+
+
+def _insert(db: sqlite3.Connection, conversation: Conversation, new: Iterable[Message]) -> None:
+    """Keep a conversation's title and what it shows, and messages of it that are new; nothing where it is another's."""
+    names = ("id", "owner", "title", "leaf", "pinned", "created_at", "updated_at")
+    kept = db.execute(
+        "INSERT INTO conversation (id, owner, title, leaf, pinned, created_at, updated_at) "
+        "VALUES (:id, :owner, :title, :leaf, :pinned, :created_at, :updated_at) "
+        "ON CONFLICT (id) DO UPDATE SET title = excluded.title, leaf = excluded.leaf, updated_at = excluded.updated_at "
+        "WHERE owner = excluded.owner",
+        {name: getattr(conversation, name) for name in names},
+    ).rowcount
+    for message in new if kept else ():
+        values = {"conversation": conversation.id, **_row(message)}
+        columns = ("conversation", *_COLUMNS.split(", "))
+        number = db.execute(
+            f"INSERT INTO message ({', '.join(columns)}) VALUES (:{', :'.join(columns)})", values
+        ).lastrowid
+        _index(db, number, message)
 
 
 def _index(db: sqlite3.Connection, number: int | None, message: Message) -> None:

@@ -55,7 +55,7 @@ class GenerationRequest:
     a token's logit for each time that the reply has it, `presence_penalty` once, as in OpenAI's API; `seed` None is a
     fresh one; text ends before the first of the `stop` strings; `logprobs` is how many likeliest tokens each event
     carries in `top` (and with any, its own `logprob`). What was read for one `owner` (a person, a session) is reused
-    for that owner's later requests only.
+    for that owner's later requests only. `model` names one of the engine's models where it has several, "" the first.
 
     Raises:
         InvalidRequest: a value is out of range; `field` names it.
@@ -78,6 +78,7 @@ class GenerationRequest:
     stop: Sequence[str] = ()
     logprobs: int = 0
     owner: str = ""
+    model: str = ""
 
     def __post_init__(self) -> None:
         given = [name for name in ("prompt", "messages", "prompt_ids") if getattr(self, name) is not None]
@@ -182,14 +183,19 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """How an engine is: what `/healthz`, `/metrics` and the page show. `n_cache_bytes` is what kept prefixes take."""
+    """How an engine is: what `/healthz`, `/metrics` and the page show. `n_cache_bytes` is what kept prefixes take.
 
-    state: Literal["loading", "ready", "failed", "closed"]
+    `part` is how much of a loading step is done, from 0 to 1, where that is known. An "unloaded" model loads when it is
+    next asked for something.
+    """
+
+    state: Literal["unloaded", "loading", "ready", "failed", "closed"]
     model_id: str
     device: str = ""
     n_active: int = 0
     n_queued: int = 0
     detail: str = ""
+    part: float | None = None
     n_cache_bytes: int = 0
 
 

@@ -17,28 +17,39 @@ MAKE_TIMEOUT_S = 300.0
 """How long a request waits for the engine's modules to be imported; the model's loading comes after that."""
 
 
-def defer_engine(settings: Settings) -> "DeferredEngine":
-    """Give the engine that the settings ask for, not yet started."""
+MakeRoom = Callable[[int, int], None]
+"""As in `streaming.models.loading`, which imports torch."""
+
+
+def name_of(settings: Settings, model: str | None) -> str:
+    """Give the name that a model of the settings has before it is loaded (None: the default one, or the server's)."""
+    return model or settings.server or DEFAULT_MODEL.model_id
+
+
+def defer_engine(settings: Settings, model: str | None, make_room: MakeRoom) -> "DeferredEngine":
+    """Give the engine that the settings ask for, for a model of theirs (None: the default one), not yet started."""
 
     def make() -> Engine:
         if settings.base_url is not None:
             from streaming.engine.remote import RemoteEngine
 
-            return RemoteEngine(settings.base_url, settings.model, os.environ.get(settings.api_key_env or ""))
+            return RemoteEngine(settings.base_url, model, os.environ.get(settings.api_key_env or ""))
         from streaming.engine.local import load_engine
 
         return load_engine(
-            settings.model,
+            model,
             wait=False,
             device=settings.device,
             dtype=settings.dtype,
             quantize=settings.quantize,
             offline=settings.offline,
             cache_dir=settings.cache_dir,
+            trust_remote_code=settings.trust_remote_code,
+            make_room=make_room,
             max_cache_bytes=None if settings.cache_memory is None else settings.cache_memory * 10**6,
         )
 
-    return DeferredEngine(make, settings.engine, settings.model or settings.base_url or DEFAULT_MODEL.model_id)
+    return DeferredEngine(make, settings.engine, name_of(settings, model))
 
 
 class DeferredEngine:

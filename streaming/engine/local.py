@@ -140,7 +140,9 @@ class LocalEngine:
         if self._load_error is not None:
             return EngineStatus("failed", self.model_id, detail=str(self._load_error))
         if loaded is None:
-            return EngineStatus("loading", self.model_id, detail="" if progress is None else str(progress))
+            if progress is None:
+                return EngineStatus("loading", self.model_id)
+            return EngineStatus("loading", self.model_id, detail=str(progress), part=progress.part)
         return EngineStatus(
             "ready",
             self.model_id,

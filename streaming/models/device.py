@@ -66,7 +66,7 @@ def _missing_for_int4() -> str:
 
 def require_memory(n_bytes: int, device: torch.device, model_id: str) -> None:
     """Raise ModelTooLarge unless `device` has `n_bytes` free."""
-    n_free = _free_bytes(device)
+    n_free = free_bytes(device)
     if n_bytes > n_free:
         raise ModelTooLarge(
             f"{model_id} needs {n_bytes / 1e9:,.1f} GB but {device.type} has {n_free / 1e9:,.1f} GB free; choose a "
@@ -74,7 +74,8 @@ def require_memory(n_bytes: int, device: torch.device, model_id: str) -> None:
         )
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Count the bytes that `device` has free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":

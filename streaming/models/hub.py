@@ -29,18 +29,21 @@ _ANSWER_TIMEOUT_S = 1.2
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
 _SMALL_FILES = re.compile(r"[^/]+\.(json|jinja|model|txt|tiktoken)")
+_CODE = re.compile(r"[^/]+\.py")
 
 
 class HubModel:
     """A model on the hub, or its copy in the hub's cache on this machine.
 
-    With `offline`, or under HF_HUB_OFFLINE, only the copy counts.
+    With `offline`, or under HF_HUB_OFFLINE, only the copy counts. Code that comes with the model is fetched only
+    `with_code`.
     """
 
-    def __init__(self, model_id: str, *, offline: bool, progress: ProgressCallback) -> None:
+    def __init__(self, model_id: str, *, offline: bool, progress: ProgressCallback, with_code: bool = False) -> None:
         self.model_id = model_id
         self._offline = offline or huggingface_hub.is_offline_mode()
         self._progress = progress
+        self._with_code = with_code
         self._answer: list[str] | Exception | None = None
         self._asker: threading.Thread | None = None
         self._deadline = 0.0
@@ -69,7 +72,7 @@ class HubModel:
             files = self._list_files()
         except HubUnreachable as unreachable:
             return self._find_copy(weights, unreachable)
-        wanted = [name for name in files if _SMALL_FILES.fullmatch(name)]
+        wanted = [name for name in files if _SMALL_FILES.fullmatch(name) or (self._with_code and _CODE.fullmatch(name))]
         if weights:
             if not (found := _choose_weights(files)):
                 raise ModelDamaged(f"{self.model_id} has no weights on the hub that transformers can read.")

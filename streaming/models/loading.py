@@ -1,11 +1,12 @@
 """Loading a model and its tokenizer: the only caller of `from_pretrained`.
 
 A model is always loaded from files on this machine, which `sources.py` brings here. Code that comes with a model is
-never run.
+not run unless the caller trusts it.
 """
 
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import transformers
 
 from streaming.errors import ModelDamaged, ModelTooLarge, ModelUnavailable, NotACausalLM
-from streaming.models.device import choose_device, choose_dtype, choose_int4, require_memory
+from streaming.models.device import choose_device, choose_dtype, choose_int4, free_bytes, require_memory
 from streaming.models.embedded import DEFAULT_MODEL
 from streaming.models.gguf import BLOCKS_FILE, SmolGguf, Unpack, read_weights, unpack_blocks
 from streaming.models.progress import LoadProgress as LoadProgress
@@ -25,6 +26,12 @@ from streaming.settings import QUANTIZATIONS
 
 # How the classes are called whose heads continue text; "forconditionalgeneration" is that of models which also see.
 _CAUSAL_ENDINGS = ("forcausallm", "lmheadmodel", "forconditionalgeneration")
+
+MakeRoom = Callable[[int, int], None]
+"""Takes the bytes that a model needs and those that are free, before its weights are touched; may free some, or raise
+ModelTooLarge."""
+
+_progress_bars = threading.Lock()  # transformers has one hook for all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +57,15 @@ def load_model(
     offline: bool = False,
     cache_dir: Path | None = None,
     progress: ProgressCallback | None = None,
+    make_room: MakeRoom | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load `model`: None for the default one, a hub id, a local folder, or the path of a `.gguf` file.
 
     `device`, `dtype` and `quantize` are as in `streaming.settings`. `cache_dir` is for the converted default model
     (by default the system's cache folder for "brook"); models from the hub stay where huggingface_hub keeps them.
-    `progress` is called in this thread and, while a model comes from the hub, in the hub's threads.
+    `progress` is called in this thread and, while a model comes from the hub, in the hub's threads. With
+    `trust_remote_code`, code that comes with the model is run.
 
     Raises ModelUnavailable: one of its subclasses, whose message is one sentence for the person who chose the model.
     """
@@ -64,19 +74,27 @@ def load_model(
     report = progress or ignore_progress
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
-    source = find_model(model, offline=offline, cache_dir=cache_dir, progress=report)
+    source = find_model(model, offline=offline, cache_dir=cache_dir, progress=report, with_code=trust_remote_code)
     name = model or DEFAULT_MODEL.model_id
     with _explaining(name):
         files = _open(source.fetch(weights=False))
-        config = _load_config(files, name)
-        int4 = choose_int4(quantize, dtype, torch_device, is_quantized=hasattr(config, "quantization_config"))
-        tokenizer = _load_tokenizer(files)
-        require_memory(_count_bytes(config, torch.uint8 if int4 else torch_dtype), torch_device, name)
+        config = _load_config(files, name, trust_remote_code)
+        is_quantized = getattr(config, "quantization_config", None) is not None
+        int4 = choose_int4(quantize, dtype, torch_device, is_quantized=is_quantized)
+        tokenizer = _load_tokenizer(files, trust_remote_code)
+        if is_quantized:  # only its files say how large it is
+            files = source.fetch(weights=True)
+            n_bytes = _count_file_bytes(files)
+        else:
+            n_bytes = _count_bytes(config, torch.uint8 if int4 else torch_dtype, trust_remote_code)
+        if make_room is not None:
+            make_room(n_bytes, free_bytes(torch_device))
+        require_memory(n_bytes, torch_device, name)
         files = _open(source.fetch(weights=True))
         if int4:
-            loaded = _load_int4(files, config, report)
+            loaded = _load_int4(files, config, report, trust_remote_code)
         else:
-            loaded = _load_weights(files, config, torch_dtype, torch_device, report)
+            loaded = _load_weights(files, config, torch_dtype, torch_device, report, trust_remote_code)
     return LoadedModel(
         model=loaded.eval(),
         tokenizer=tokenizer,
@@ -95,7 +113,7 @@ def load_tokenizer(
     """Load only the tokenizer of `model`, which takes a fraction of the time; as `load_model` otherwise."""
     source = find_model(model, offline=offline, cache_dir=cache_dir, progress=progress or ignore_progress)
     with _explaining(model or DEFAULT_MODEL.model_id):
-        return _load_tokenizer(_open(source.fetch(weights=False)))
+        return _load_tokenizer(_open(source.fetch(weights=False)), trust_remote_code=False)
 
 
 @contextmanager
@@ -117,52 +135,65 @@ def _open(files: Path) -> Path | SmolGguf:
     return files if files.is_dir() else SmolGguf.open(files) or files
 
 
-def _load_config(files: Path | SmolGguf, name: str) -> Any:
+def _load_config(files: Path | SmolGguf, name: str, trust_remote_code: bool) -> Any:
     if isinstance(files, SmolGguf):
         return files.build_config()
     if files.is_dir() and not (files / "config.json").is_file():
         raise ModelDamaged(f"{name} cannot be loaded: there is no config.json in {files}.")
     try:
-        config = transformers.AutoConfig.from_pretrained(**_arguments(files))
+        config = transformers.AutoConfig.from_pretrained(**_arguments(files, trust_remote_code))
     except ValueError as error:
         raise NotACausalLM(
             f"{name} is of a kind that transformers {transformers.__version__} does not know by itself, and code that "
-            f"comes with a model is never run; choose another model."
+            f"comes with a model is not run without --trust-remote-code; choose another model."
         ) from error
     architectures = [architecture.lower() for architecture in config.architectures or ()]
     is_causal = any(architecture.endswith(_CAUSAL_ENDINGS) for architecture in architectures) or not architectures
-    if config.is_encoder_decoder or not is_causal or type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    has_class = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or (
+        trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    )
+    if config.is_encoder_decoder or not is_causal or not has_class:
         kind = ", ".join(config.architectures or [config.model_type])
         raise NotACausalLM(f"{name} ({kind}) does not continue text token by token; choose a causal language model.")
     return config
 
 
-def _load_tokenizer(files: Path | SmolGguf) -> Any:
+def _load_tokenizer(files: Path | SmolGguf, trust_remote_code: bool) -> Any:
     if isinstance(files, SmolGguf):
         return files.build_tokenizer()
-    return transformers.AutoTokenizer.from_pretrained(**_arguments(files))
+    return transformers.AutoTokenizer.from_pretrained(**_arguments(files, trust_remote_code))
 
 
-def _count_bytes(config: Any, dtype: torch.dtype) -> int:
+def _count_bytes(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> int:
     """Count the bytes that a model's weights take in `dtype`, from its shape alone."""
-    if getattr(config, "quantization_config", None):  # it says for itself how its weights are held
-        return 0
     with torch.device("meta"):
-        skeleton: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        skeleton: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     n_values: int = sum(parameter.numel() for parameter in skeleton.parameters())
     return dtype.itemsize * n_values
 
 
+def _count_file_bytes(files: Path) -> int:
+    """Count the bytes of a model's weights as they lie on the disk."""
+    paths = [files] if files.is_file() else [*files.glob("*.safetensors"), *files.glob("pytorch_model*.bin")]
+    return sum(path.stat().st_size for path in paths)
+
+
 def _load_weights(
-    files: Path | SmolGguf, config: Any, dtype: torch.dtype, device: torch.device, progress: ProgressCallback
+    files: Path | SmolGguf,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: ProgressCallback,
+    trust_remote_code: bool,
 ) -> Any:
     if isinstance(files, SmolGguf) or (files / BLOCKS_FILE).is_file():
         return _assemble(files, config, functools.partial(unpack_blocks, dtype=dtype), progress).to(device)
     extra = {} if files.is_dir() else {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    return _from_pretrained(files, progress, **extra, dtype=dtype, device_map={"": device})
+    arguments = _arguments(files, trust_remote_code) | extra
+    return _from_pretrained(progress, **arguments, dtype=dtype, device_map={"": device})
 
 
-def _load_int4(files: Path | SmolGguf, config: Any, progress: ProgressCallback) -> Any:
+def _load_int4(files: Path | SmolGguf, config: Any, progress: ProgressCallback, trust_remote_code: bool) -> Any:
     """Load for the CPU with packed weights; the kernels, which take a second to import, are only needed here."""
     from streaming.models import int4, parallel
 
@@ -171,8 +202,10 @@ def _load_int4(files: Path | SmolGguf, config: Any, progress: ProgressCallback) 
         config.quantization_config = int4.Int4Config().to_dict()
         return _assemble(files, config, int4.pack_blocks, progress)
     if files.is_dir():
-        return _from_pretrained(files, progress, quantization_config=int4.Int4Config())
-    return int4.pack_model(_load_weights(files, config, torch.float32, torch.device("cpu"), progress))
+        arguments = _arguments(files, trust_remote_code)
+        return _from_pretrained(progress, **arguments, quantization_config=int4.Int4Config())
+    unpacked = _load_weights(files, config, torch.float32, torch.device("cpu"), progress, trust_remote_code)
+    return int4.pack_model(unpacked)
 
 
 def _assemble(files: Path | SmolGguf, config: Any, unpack: Unpack, progress: ProgressCallback) -> Any:
@@ -189,14 +222,37 @@ def _assemble(files: Path | SmolGguf, config: Any, unpack: Unpack, progress: Pro
         )
 
 
-def _from_pretrained(files: Path, progress: ProgressCallback, **options: Any) -> Any:
-    progress(LoadProgress("weights", 0, 1))
+def _from_pretrained(progress: ProgressCallback, **arguments: Any) -> Any:
+    progress(LoadProgress("weights"))
     auto_model: Any = transformers.AutoModelForCausalLM
-    loaded, report = auto_model.from_pretrained(**_arguments(files), **options, output_loading_info=True)
+    with _reporting(progress):
+        loaded, report = auto_model.from_pretrained(**arguments, output_loading_info=True)
     if report["missing_keys"]:
+        files = arguments["pretrained_model_name_or_path"]
         raise ModelDamaged(f"{files} lacks {len(report['missing_keys'])} of its weights; fetch the model again.")
     progress(LoadProgress("weights", 1, 1))
     return loaded
+
+
+@contextmanager
+def _reporting(progress: ProgressCallback) -> Iterator[None]:
+    """Tell `progress` what transformers' bar of loaded weights shows (5.23: `utils.logging.set_tqdm_hook`)."""
+
+    def hook(make_bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        bar = make_bar(*args, **options)
+        return told(bar, len(args[0])) if options.get("desc") == "Loading weights" else bar
+
+    def told(bar: Iterable[Any], total: int) -> Iterator[Any]:
+        for done, weight in enumerate(bar):
+            progress(LoadProgress("weights", done, total))
+            yield weight
+
+    with _progress_bars:
+        before = transformers.utils.logging.set_tqdm_hook(hook)
+        try:
+            yield
+        finally:
+            transformers.utils.logging.set_tqdm_hook(before)
 
 
 @contextmanager
@@ -212,9 +268,9 @@ def _no_progress_bar() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def _arguments(files: Path) -> dict[str, Any]:
-    """Return how `from_pretrained` is called for `files`, with no network and none of the model's own code."""
-    arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+def _arguments(files: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """Return how `from_pretrained` is called for `files`, with no network."""
+    arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     if files.is_dir():
         return {"pretrained_model_name_or_path": files, **arguments}
     return {"pretrained_model_name_or_path": files.parent, "gguf_file": files.name, **arguments}

@@ -17,9 +17,18 @@ class LoadProgress:
     total: int = 0
 
     def __str__(self) -> str:
-        """Say it in words: `Fetching the model · 42 %`."""
+        """Say it in words: `Loading the model · 42 %`, `Fetching the model · 39 of 93 MB`."""
         words = _STAGES.get(self.stage, "Loading the model")
-        return f"{words} · {100 * self.done // self.total} %" if self.total else words
+        if not self.total:
+            return words
+        if self.stage == "download":
+            return f"{words} · {self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB"
+        return f"{words} · {100 * self.done // self.total} %"
+
+    @property
+    def part(self) -> float | None:
+        """How much of the step is done, from 0 to 1; None while its size is not known."""
+        return min(1.0, self.done / self.total) if self.total else None
 
 
 _STAGES = {

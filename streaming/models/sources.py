@@ -4,9 +4,12 @@ Nothing here imports torch, so that a model which cannot be had is refused befor
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import platformdirs
 
@@ -14,6 +17,9 @@ from streaming.errors import DefaultModelUnavailable, ModelNotFound, ModelUnavai
 from streaming.models.embedded import DEFAULT_MODEL, EmbeddedModel, prepare_embedded_model
 from streaming.models.hub import HubModel
 from streaming.models.progress import ProgressCallback, ignore_progress
+from streaming.settings import Settings
+
+REACH_TIMEOUT_S = 1.0
 
 
 class ModelSource(Protocol):
@@ -39,8 +45,11 @@ def find_model(
     cache_dir: Path | None = None,
     progress: ProgressCallback = ignore_progress,
     embedded: EmbeddedModel = DEFAULT_MODEL,
+    with_code: bool = False,
 ) -> ModelSource:
     """Find what `model` names: None is the default model, which is `embedded`; the rest is as in `load_model`.
+
+    From the hub, code that comes with the model is fetched only `with_code`.
 
     Raises ModelNotFound for a path that leads nowhere.
     """
@@ -53,7 +62,7 @@ def find_model(
         raise ModelNotFound(f"{model} is neither a model's folder nor a .gguf file.")
     if path.is_absolute() or model.startswith((".", "~")) or path.suffix == ".gguf" or model.count("/") > 1:
         raise ModelNotFound(f"There is nothing at {model}; check the path.")
-    return HubModel(model, offline=offline, progress=progress)
+    return HubModel(model, offline=offline, progress=progress, with_code=with_code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +111,27 @@ class _Default:
                 return self._hub.fetch(weights=True)
             except ModelUnavailable:
                 raise unavailable from None
+
+
+def check_sources(settings: Settings) -> None:
+    """Raise ModelUnavailable where a model or a server of the settings cannot be had; nothing heavy is imported."""
+    if settings.base_url is not None:
+        _require_reachable(settings.base_url)
+    else:
+        for model in settings.models or (None,):
+            find_model(model, offline=settings.offline, cache_dir=settings.cache_dir).check()
+
+
+def _require_reachable(url: str) -> None:
+    """Raise ModelUnavailable where nobody listens at a server's `url`; what is behind a proxy is taken on trust."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme in getproxies() and not proxy_bypass(host):
+        return
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((host, port), REACH_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise ModelUnavailable(
+            f"The server at {parts.netloc} cannot be reached ({error}); check --base-url."
+        ) from error

@@ -24,10 +24,10 @@ def health(engine: Engine) -> dict[str, Any]:
 
 
 def health_route(engine: Engine) -> Route:
-    """Serve `health()`: 200 while the engine is loading or ready, 503 when it is of no use."""
+    """Serve `health()`: 200 while the engine can take requests, 503 when it is of no use."""
 
     async def endpoint(_request: Request) -> JSONResponse:
         body = health(engine)
-        return JSONResponse(body, status_code=200 if body["status"] in ("loading", "ready") else 503)
+        return JSONResponse(body, status_code=200 if body["status"] in ("unloaded", "loading", "ready") else 503)
 
     return Route("/healthz", endpoint)

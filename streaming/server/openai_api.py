@@ -8,8 +8,9 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -36,9 +37,11 @@ STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def build_api_routes(engine: Engine, access: Access) -> tuple[BaseRoute, ...]:
-    """Give the routes under `/v1`, for `launch_app`."""
-    api = _Api(engine, access)
+def build_api_routes(
+    engine: Engine, access: Access, models: Callable[[], Mapping[str, Engine]] | None = None
+) -> tuple[BaseRoute, ...]:
+    """Give the routes under `/v1`, for `launch_app`. `models` tells those that the engine has, in order."""
+    api = _Api(engine, access, models or (lambda: {engine.model_id: engine}))
     return (
         Route("/v1/models", _answering(api.models), methods=["GET"]),
         Route("/v1/models/{model:path}", _answering(api.model), methods=["GET"]),
@@ -51,15 +54,16 @@ def build_api_routes(engine: Engine, access: Access) -> tuple[BaseRoute, ...]:
 class _Api:
     """The endpoints. They run in the server's event loop; what may wait for the engine runs in threads."""
 
-    def __init__(self, engine: Engine, access: Access) -> None:
+    def __init__(self, engine: Engine, access: Access, models: Callable[[], Mapping[str, Engine]]) -> None:
         self._engine = engine
         self._access = access
+        self._models = models
         self._answers = Answers()
         self._started = int(time.time())
 
     async def models(self, request: Request) -> Response:
         self._access.owner_of(request)
-        return JSONResponse({"object": "list", "data": [self._describe(self._engine.model_id)]})
+        return JSONResponse({"object": "list", "data": [self._describe(name) for name in self._models()]})
 
     async def model(self, request: Request) -> Response:
         self._access.owner_of(request)
@@ -83,9 +87,10 @@ class _Api:
             return _EventStream(self._frames(answer, after), self._answers.reading(answer))
         asked = parse(await _read_json(request), owner)
         model_id = self._require(asked.model)
-        if self._engine.status().state == "loading":
+        if self._models()[model_id].status().state == "loading":
             raise ApiError(503, "The model is still loading; try again.", type="server_error", code="model_loading")
-        runs = await asyncio.to_thread(_submit, self._engine, asked.requests)
+        requests = [replace(request, model=model_id) for request in asked.requests]
+        runs = await asyncio.to_thread(_submit, self._engine, requests)
         answer = Answer(prefix + secrets.token_hex(12), owner, model_id, asked, runs)
         if any(run.n_dropped_messages for run in runs):
             answer.cancel()
@@ -166,21 +171,25 @@ class _Api:
 
     def _hidden_ids(self, answer: Answer) -> frozenset[int]:
         """Give the ids of control tokens, which get no logprobs; it takes a tokenizer a while to tell them."""
-        if answer.asked.n_top is None or self._engine.tokenizer is None:
+        if answer.asked.n_top is None:
             return frozenset()
-        return frozenset(self._engine.tokenizer.all_special_ids)
+        tokenizer = self._models()[answer.model_id].tokenizer
+        return frozenset() if tokenizer is None else frozenset(tokenizer.all_special_ids)
 
     def _require(self, model: str | None) -> str:
-        """Give the id of the model that is asked for: the one there is, also where none is named."""
-        model_id = self._engine.model_id
-        if model not in (None, NO_MODEL, model_id):
+        """Give the id of the model that is asked for: the first one where none is named."""
+        names = list(self._models())
+        if model in (None, NO_MODEL):
+            return names[0]
+        if model not in names:
+            offered = ", ".join(map(repr, names))
             raise ApiError(
                 404,
-                f"The model {model!r} is not served here; there is {model_id!r}.",
+                f"The model {model!r} is not served here; there is {offered}.",
                 param="model",
                 code="model_not_found",
             )
-        return model_id
+        return model
 
     def _describe(self, model_id: str) -> dict[str, Any]:
         return {"id": model_id, "object": "model", "created": self._started, "owned_by": "brook"}

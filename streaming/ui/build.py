@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import io
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ from starlette.routing import BaseRoute, Mount
 from starlette.staticfiles import StaticFiles
 
 from streaming.engine.base import Engine
-from streaming.errors import AddressUnavailable, BrookError
+from streaming.errors import AddressUnavailable
 from streaming.server.address import require_free
 from streaming.server.health import health_route
+from streaming.server.runs import Runs
 from streaming.settings import Settings
 from streaming.ui.chat import ChatHandlers, ChatSession
 from streaming.ui.complete import build_complete
 from streaming.ui.endpoints import add_endpoints
+from streaming.ui.files import FileHandlers
 from streaming.ui.security import SecurityHeaders
-from streaming.ui.session import Session
-from streaming.ui.settings_panel import SettingsPanel, build_settings_panel, offer_defaults, validate
+from streaming.ui.settings_panel import SettingsPanel, build_settings_panel, validate
 from streaming.ui.theme import build_theme
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -33,16 +34,31 @@ SCRIPTS = (
     "vendor/texmath.js",
     "vendor/highlight.min.js",
     "page.js",
+    "models.js",
+    "sidebar.js",
+    "files.js",
     "markdown.js",
+    "branches.js",
     "transcript.js",
 )
-SHEETS = ("brook.css", "panels.css", "transcript.css", "markdown.css")
+SHEETS = (
+    "brook.css",
+    "sidebar.css",
+    "models.css",
+    "files.css",
+    "panels.css",
+    "transcript.css",
+    "branches.css",
+    "markdown.css",
+)
 EXAMPLES = (
     "Explain to a child why the sky is blue.",
     "Write a Python function that finds prime numbers.",
     "Give me three ideas for a rainy Sunday.",
     "What is the difference between a comet and an asteroid?",
 )
+# The tab says whose it is and what it shows (page.js), in the place of its input; the session's is the server's own.
+SAY_WHO = "(session, tab, ...inputs) => [session, brook.tab(), ...inputs]"
 # Nothing waits for anyone else: what is at once skips Gradio's queue, and what is queued (validators and streams need
 # it) has no limit there, for the engine has a queue of its own. None of it is an endpoint.
 AT_ONCE: Any = {"queue": False, "show_progress": "hidden", "trigger_mode": "multiple", "api_visibility": "private"}
@@ -60,45 +76,46 @@ class _ChatPart:
     live: gr.HTML
 
 
-def build_app(engine: Engine, examples: tuple[str, ...] = EXAMPLES) -> Any:
-    """Build the page, a `gr.Blocks`, for an engine, which may still be loading; serve it with `launch_app`."""
-    handlers = ChatHandlers(engine)
+def build_app(engine: Engine, runs: Runs | None = None, examples: tuple[str, ...] = EXAMPLES) -> Any:
+    """Build the page, a `gr.Blocks`, for an engine, which may still be loading; serve it with `launch_app`.
+
+    `runs` write with that engine; None keeps conversations in memory.
+    """
+    runs = Runs(engine) if runs is None else runs
+    handlers = ChatHandlers(runs)
     with gr.Blocks(title="Brook", analytics_enabled=False, fill_width=True, fill_height=True) as app:
-        session = gr.State(ChatSession(), delete_callback=_close)
+        session = gr.State(ChatSession())
+        tab = gr.JSON({}, visible=False)
         with gr.Row(elem_id="brook", equal_height=True):
             with gr.Column(elem_id="sidebar", min_width=0, scale=0):
                 gr.HTML('<div class="brand">Brook</div>', padding=False)
                 new_chat = gr.Button("New chat", elem_id="new-chat")
-                conversations = _widget("mountConversations", ("select", "delete"), [], elem_id="conversations")
+                conversations = _widget(
+                    "mountConversations",
+                    ("select", "search", "rename", "pin", "delete", "restore"),
+                    {"items": []},
+                    elem_id="conversations",
+                )
+                files = _widget("mountFiles", ("export", "import"), {}, elem_id="files")
                 clear = gr.Button("Clear this chat", elem_id="clear", size="sm")
             with gr.Column(elem_id="main", min_width=0):
-                about = _widget("mountAbout", (), {"model": engine.model_id}, elem_id="header")
+                about = _widget("mountAbout", ("look", "choose"), {"model": engine.model_id}, elem_id="header")
                 with gr.Tabs(elem_id="tabs"):
                     with gr.Tab("Chat", elem_id="chat-tab"):
                         chat = _build_chat(examples)
                     with gr.Tab("Complete", elem_id="complete-tab"):
-                        complete = build_complete(engine)
+                        complete = build_complete(runs)
             with gr.Column(elem_id="settings", min_width=0, scale=0):
                 gr.HTML('<h2 class="panel-title">Settings</h2>', padding=False)
                 panel = build_settings_panel()
-        _wire(app, handlers, session, chat, panel, conversations, new_chat, clear)
-        complete.wire(panel)
-        add_endpoints(engine)
+        _wire(handlers, [session, tab], chat, panel, conversations, new_chat, clear)
+        complete.wire(panel, session, handlers.models)
+        add_endpoints(runs)
 
-        async def greet() -> AsyncIterator[dict[str, Any]]:
-            """Say how far the model is, then that it is there."""
-            try:
-                async for words in handlers.wait_ready():
-                    yield {"model": engine.model_id, "readiness": words}
-                yield {"model": engine.model_id, "tags": handlers.tags}
-            except BrookError as error:
-                yield {"model": engine.model_id, "readiness": str(error), "failed": True}
-
-        async def offer(*values: Any) -> list[Any]:
-            """Show the model's own defaults where nothing else was set meanwhile."""
-            return offer_defaults(values, engine.defaults) if engine.status().state == "ready" else list(values)
-
-        app.load(greet, None, about, **QUEUED).then(offer, panel.inputs, panel.inputs, **AT_ONCE)
+        _wire_files(FileHandlers(runs, handlers.conversations), [session, tab], chat, conversations, files)
+        for listen, handler in ((about.look, handlers.models.greet), (about.choose, handlers.models.choose)):
+            told = listen(handler, [session, tab], about, js=SAY_WHO, **QUEUED)
+            told.then(handlers.models.offer, [session, *panel.inputs], panel.inputs, **AT_ONCE)
     app.queue(default_concurrency_limit=None, api_open=False)
     return app
 
@@ -140,8 +157,8 @@ def _build_chat(examples: tuple[str, ...]) -> _ChatPart:
     with gr.Column(elem_id="chatbot"):
         past = _widget(
             "mountPast",
-            ("edit", "retry", "resume", "undo", "example"),
-            {"conversation": None, "messages": []},
+            ("open", "edit", "retry", "resume", "undo", "example", "branch", "rate"),
+            {"conversation": None, "messages": [], "tree": []},
             arguments=f", {list(examples)!r}",
         )
         live = _widget("mountLive", (), {"state": "idle", "status": "", "message": None})
@@ -165,47 +182,67 @@ def _build_chat(examples: tuple[str, ...]) -> _ChatPart:
 
 
 def _wire(
-    app: Any,
     handlers: ChatHandlers,
-    session: gr.State,
+    asker: list[Any],
     chat: _ChatPart,
     panel: SettingsPanel,
     conversations: gr.HTML,
     new_chat: gr.Button,
     clear: gr.Button,
 ) -> None:
+    """Connect what people do to the handlers; `asker` comes first in each: the session, what the tab says of itself."""
     shown = [chat.composer, chat.past, chat.live, conversations]
-    asked = [session, *panel.inputs]
+    session, tab = asker
 
     def check(n_before: int) -> Callable[..., list[dict[str, Any]]]:
         return lambda *values: [gr.validate(True, "")] * n_before + validate(values[n_before:])
 
-    def ask(listen: Any, handler: Any, inputs: list[Any]) -> None:
-        n_before = len(inputs) - len(panel.inputs)
-        begun = listen(handler, inputs, shown, validator=check(n_before), trigger_mode="multiple", **QUEUED)
+    def ask(listen: Any, handler: Any, *inputs: Any) -> None:
+        given = [*asker, *inputs, *panel.inputs]
+        n_before = len(given) - len(panel.inputs)
+        begun = listen(handler, given, shown, validator=check(n_before), js=SAY_WHO, trigger_mode="multiple", **QUEUED)
         streamed = begun.success(handlers.stream, session, chat.live, **QUEUED)
         streamed.then(handlers.settle, session, [*shown, panel.field("seed")], **AT_ONCE)
 
-    def show(listen: Any, handler: Any) -> Any:
-        return listen(handler, session, shown, **AT_ONCE)
+    def show(listen: Any, handler: Any) -> None:
+        listen(handler, asker, shown, js=SAY_WHO, **AT_ONCE).then(handlers.follow, session, chat.live, **QUEUED)
 
     past: Any = chat.past
     for listen in (chat.composer.submit, chat.send.click):
-        ask(listen, handlers.send, [session, chat.composer, *panel.inputs])
-    ask(past.example, handlers.send_example, asked)
-    ask(past.edit, handlers.edit, asked)
-    ask(past.retry, handlers.retry, asked)
-    ask(past.resume, handlers.resume, asked)
+        ask(listen, handlers.send, chat.composer)
+    ask(past.example, handlers.send_example)
+    ask(past.edit, handlers.edit)
+    ask(past.retry, handlers.retry)
+    ask(past.resume, handlers.resume)
     for listen, handler in (
-        (past.undo, handlers.undo),
-        (new_chat.click, handlers.new),
-        (clear.click, handlers.clear),
-        (app.load, handlers.refresh),
+        (past.open, handlers.conversations.refresh),
+        (past.undo, handlers.conversations.undo),
+        (new_chat.click, handlers.conversations.new),
+        (clear.click, handlers.conversations.clear),
+        (conversations.select, handlers.conversations.select),
+        (conversations.delete, handlers.conversations.delete),
+        (conversations.restore, handlers.conversations.restore),
+        (past.branch, handlers.conversations.branch),
     ):
         show(listen, handler)
-    for listen, switch in ((conversations.select, handlers.select), (conversations.delete, handlers.delete)):
-        show(listen, switch).then(handlers.follow, session, chat.live, **QUEUED)
-    chat.stop.click(handlers.stop, session, None, **AT_ONCE)
+    for listen, change in (
+        (conversations.search, handlers.conversations.search),
+        (conversations.rename, handlers.conversations.rename),
+        (conversations.pin, handlers.conversations.pin),
+    ):
+        listen(change, asker, conversations, js=SAY_WHO, **AT_ONCE)
+    past.rate(handlers.conversations.rate, tab, None, js="() => [brook.tab()]", **AT_ONCE)
+    chat.stop.click(handlers.conversations.stop, tab, None, js="() => [brook.tab()]", **AT_ONCE)
+
+
+def _wire_files(
+    handlers: FileHandlers, asker: list[Any], chat: _ChatPart, conversations: gr.HTML, files: gr.HTML
+) -> None:
+    listen: Any = files
+    listen.export(handlers.export, asker[1], files, js="() => [brook.tab()]", **QUEUED)
+    getattr(listen, "import")(
+        handlers.take, asker, [chat.composer, chat.past, chat.live, conversations, files], js=SAY_WHO, **QUEUED
+    )
 
 
 def _widget(
@@ -231,7 +268,3 @@ def _widget(
 def _url(name: str) -> str:
     """Give an asset's address, which changes with its content so that browsers may keep it."""
     return f"{ASSETS_URL}/{name}?{hashlib.sha256((ASSETS / name).read_bytes()).hexdigest()[:12]}"
-
-
-def _close(session: Session) -> None:
-    session.close()

@@ -7,10 +7,13 @@ from typing import Any
 
 import gradio as gr
 
-from streaming.engine.base import Engine, GenerationRequest
+from streaming.conversations.tree import Message
+from streaming.engine.base import GenerationRequest
 from streaming.errors import BrookError
-from streaming.ui.replies import Replies
-from streaming.ui.session import Message, Turn
+from streaming.server.runs import LiveReply, Runs
+from streaming.ui.models import ModelHandlers
+from streaming.ui.replies import Frame, Replies
+from streaming.ui.session import Session
 from streaming.ui.settings_panel import ChatSettings, SettingsPanel, validate
 
 EXAMPLES = (
@@ -25,13 +28,12 @@ class CompleteState:
     """What one tab's Complete is writing, if it is."""
 
     def __init__(self) -> None:
-        self.turn: Turn | None = None
-        self.settings: dict[str, Any] = {}
+        self.reply: LiveReply | None = None
 
     def stop(self) -> None:
         """End the text here."""
-        if self.turn is not None:
-            self.turn.stop()
+        if self.reply is not None:
+            self.reply.stop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,35 +48,40 @@ class CompletePart:
     stop: gr.Button
     status: gr.Textbox
 
-    def wire(self, panel: SettingsPanel) -> None:
-        """Connect the buttons; the settings are the chat's, but for the length."""
+    def wire(self, panel: SettingsPanel, session: gr.State, models: ModelHandlers) -> None:
+        """Connect the buttons; model and settings are the chat's, but for the length."""
         hidden: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
-        def check(_state: CompleteState, _text: str, n_tokens: int | None, *values: Any) -> list[dict[str, Any]]:
+        def check(_state: Any, _session: Any, _text: str, n_tokens: int | None, *values: Any) -> list[dict[str, Any]]:
             fine, ok = n_tokens is None or 1 <= n_tokens <= 100_000, gr.validate(True, "")
-            return [ok, ok, gr.validate(fine, "Between 1 and 100,000"), *validate(values)]
+            return [ok, ok, ok, gr.validate(fine, "Between 1 and 100,000"), *validate(values)]
 
-        async def ask(state: CompleteState, text: str, n_tokens: int | None, *values: Any) -> list[Any]:
-            if state.turn is None:
-                state.turn = Turn(Message("assistant", text))
-                state.settings = ChatSettings(*values).for_request() | {"max_new_tokens": n_tokens or N_NEW_TOKENS}
+        async def ask(
+            state: CompleteState, session: Session, text: str, n_tokens: int | None, *values: Any
+        ) -> list[Any]:
+            if state.reply is None:
+                settings = ChatSettings(*values).for_request() | {"max_new_tokens": n_tokens or N_NEW_TOKENS}
+                state.reply = self.replies.runs.start(
+                    Message(role="assistant", content=text),
+                    lambda: GenerationRequest(prompt=text, **settings),
+                    model=models.of(session).model_id,
+                )
             return [gr.update(visible=False), gr.update(visible=True)]
 
         async def stream(state: CompleteState) -> AsyncGenerator[tuple[str, str], None]:
-            turn = state.turn
-            if turn is None:
+            reply = state.reply
+            if reply is None:
                 return
-            text, settings = turn.begins_with, state.settings
+            text = reply.message.content
             try:
-                frames = self.replies.write(turn, lambda: GenerationRequest(prompt=turn.begins_with, **settings))
-                async with aclosing(frames):
+                async with aclosing(self.replies.write(reply)) as frames:
                     async for frame in frames:
                         text = frame.text
-                        yield text, _words(frame.status, turn)
+                        yield text, _words(frame)
             except BrookError as error:
                 yield text, str(error)
             finally:
-                state.turn = None
+                state.reply = None
 
         async def settle() -> list[Any]:
             return [gr.update(visible=True), gr.update(visible=False)]
@@ -82,14 +89,14 @@ class CompletePart:
         async def stop(state: CompleteState) -> None:
             state.stop()
 
-        inputs = [self.state, self.text, self.n_tokens, *panel.inputs]
+        inputs = [self.state, session, self.text, self.n_tokens, *panel.inputs]
         begun = self.go.click(ask, inputs, [self.go, self.stop], validator=check, concurrency_limit=None, **hidden)
         streamed = begun.success(stream, self.state, [self.text, self.status], concurrency_limit=None, **hidden)
         streamed.then(settle, None, [self.go, self.stop], queue=False, **hidden)
         self.stop.click(stop, self.state, None, queue=False, **hidden)
 
 
-def build_complete(engine: Engine) -> CompletePart:
+def build_complete(runs: Runs) -> CompletePart:
     """Lay the tab out where it is called."""
     with gr.Column(elem_id="complete"):
         text = gr.Textbox(
@@ -111,12 +118,12 @@ def build_complete(engine: Engine) -> CompletePart:
         )
         gr.Examples([[example] for example in EXAMPLES], [text], label="Begin with", api_visibility="private")
     state = gr.State(CompleteState(), delete_callback=_close)
-    return CompletePart(Replies(engine), state, text, n_tokens, go, stop, status)
+    return CompletePart(Replies(runs), state, text, n_tokens, go, stop, status)
 
 
-def _words(status: str, turn: Turn) -> str:
-    error = turn.reply.error
-    return f"{status} · {error}" if error else status
+def _words(frame: Frame) -> str:
+    notice = frame.message["notice"]
+    return f"{frame.status} · {notice}" if notice else frame.status
 
 
 def _close(state: CompleteState) -> None:

@@ -6,19 +6,19 @@ from contextlib import aclosing
 import gradio as gr
 from gradio.events import api
 
-from streaming.engine.base import Engine, GenerationRequest
+from streaming.conversations.tree import Message
+from streaming.engine.base import GenerationRequest
 from streaming.errors import BrookError
+from streaming.server.runs import Runs
 from streaming.ui.replies import Replies
-from streaming.ui.session import Message, Turn
 
 
-def add_endpoints(engine: Engine) -> None:
+def add_endpoints(runs: Runs) -> None:
     """Add them to the app that is being built. They take DESIGN's arguments; every other event of the page is private.
 
     The stream is text alone, so that a client's last value is the reply. The seed that was used comes beside it, as
     a log: one of the updates in `async for update in job` has `update.log == ("seed 123", "info")`.
     """
-    replies = Replies(engine)
 
     async def chat(
         message: str,
@@ -43,7 +43,7 @@ def add_endpoints(engine: Engine) -> None:
                 seed=seed or None,
             )
 
-        async with aclosing(_stream(replies, build_request)) as texts:
+        async with aclosing(_stream(runs, build_request)) as texts:
             async for text in texts:
                 yield text
 
@@ -67,7 +67,7 @@ def add_endpoints(engine: Engine) -> None:
                 seed=seed or None,
             )
 
-        async with aclosing(_stream(replies, build_request)) as texts:
+        async with aclosing(_stream(runs, build_request)) as texts:
             async for text in texts:
                 yield text
 
@@ -77,19 +77,20 @@ def add_endpoints(engine: Engine) -> None:
         api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
 
 
-async def _stream(replies: Replies, build_request: Callable[[], GenerationRequest]) -> AsyncGenerator[str, None]:
-    turn, told, text = Turn(Message("assistant", "")), False, ""
+async def _stream(runs: Runs, build_request: Callable[[], GenerationRequest]) -> AsyncGenerator[str, None]:
+    reply, told, text = runs.start(Message(role="assistant", content=""), build_request), False, ""
     try:
-        async with aclosing(replies.write(turn, build_request)) as frames:
+        async with aclosing(Replies(runs).write(reply)) as frames:
             async for frame in frames:
-                if turn.run is not None and not told:
-                    gr.Info(f"seed {turn.run.seed}", visible=False)
+                if reply.generation is not None and not told:
+                    gr.Info(f"seed {reply.generation.seed}", visible=False)
                     told = True
                 if frame.text != text:
                     text = frame.text
                     yield text
     except BrookError as error:
         raise gr.Error(str(error), print_exception=False) from error
-    if turn.reply.error is not None:
-        raise gr.Error(turn.reply.error, print_exception=False)
+    failure = reply.done.result().error
+    if failure is not None:
+        raise gr.Error(failure, print_exception=False)
     yield text

@@ -1,162 +1,74 @@
-"""What one tab holds: its conversations, their messages, and the reply being written. No Gradio here."""
+"""Who is there and what their tab shows. What is kept is in the store, what is being written in the runs."""
 
-import itertools
-import secrets
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from streaming.engine.base import Generation
+import gradio as gr
 
-TITLE_CHARS = 48
-_numbers = itertools.count(1)
+from streaming.conversations.tree import Conversation, Message, new_id
+from streaming.engine.base import SamplingDefaults
 
-
-def _new_id() -> str:
-    return f"{next(_numbers):x}"
-
-
-def new_owner() -> str:
-    """Give a name that nobody else has, under which an engine keeps what it read for later requests."""
-    return secrets.token_urlsafe(16)
+_BROWSER_ID = re.compile(r"[A-Za-z0-9_-]{22,64}")
+_NOTICES = {
+    "abandoned": "Stopped: nobody was watching.",
+    "interrupted": "Interrupted: the server was stopped.",
+}
 
 
-@dataclass(eq=False)
-class Message:
-    """One message as it stands. `token_ids` are what the model wrote, so that later turns are token-exact.
+def owner_of(tab: Mapping[str, Any] | None, request: gr.Request | None) -> str:
+    """Say whose conversations a tab may see: its account's or, where there are no accounts, its browser's.
 
-    A reply being written has its text in the log of its turn's run; it is put here at the end.
+    A browser is known by a secret that it made itself and keeps (page.js); here only its hash is kept. One that sends
+    none is nobody, which nobody else is.
     """
-
-    role: Literal["user", "assistant"]
-    content: str
-    token_ids: tuple[int, ...] = ()
-    id: str = field(default_factory=_new_id)
-    in_reasoning: bool = False
-    error: str | None = None
-    can_continue: bool = False
-
-    def for_model(self) -> dict[str, Any]:
-        """Give the message as engines take it."""
-        message: dict[str, Any] = {"role": self.role, "content": self.content}
-        return message | {"token_ids": self.token_ids} if self.token_ids else message
-
-    def for_page(self) -> dict[str, Any]:
-        """Give the message as the transcript shows it."""
-        return {
-            "id": self.id,
-            "role": self.role,
-            "text": self.content,
-            "reasoning": self.in_reasoning,
-            "error": self.error,
-            "resumable": self.can_continue,
-        }
+    if request is not None and request.username:
+        return f"account:{request.username}"
+    secret = str((tab or {}).get("browser", ""))
+    if not _BROWSER_ID.fullmatch(secret):
+        return f"nobody:{new_id()}"
+    return f"browser:{hashlib.sha256(secret.encode()).hexdigest()}"
 
 
-@dataclass(eq=False)
-class Turn:
-    """A reply on its way: asked for, perhaps not yet submitted, perhaps being written."""
-
-    reply: Message
-    owner: str = field(default_factory=new_owner)
-    run: Generation | None = None
-    stopped: bool = False
-    begins_with: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.begins_with = self.reply.content
-
-    def begin(self, run: Generation) -> None:
-        """Take the run that writes the reply; may be called from any thread, and after `stop()`."""
-        self.run = run
-        if self.stopped:
-            run.cancel()
-
-    def stop(self) -> None:
-        """End the reply here; also before it was submitted."""
-        self.stopped = True
-        if self.run is not None:
-            self.run.cancel()
-
-
-@dataclass(eq=False)
-class Conversation:
-    """Messages in order, and the turn that is going on, if one is."""
-
-    messages: list[Message] = field(default_factory=list)
-    turn: Turn | None = None
-    id: str = field(default_factory=_new_id)
-
-    @property
-    def title(self) -> str:
-        """Give the beginning of the first message, for the list of conversations."""
-        first = next((m.content for m in self.messages if m.role == "user"), "")
-        line = " ".join(first.split())
-        return (line[: TITLE_CHARS - 1] + "…" if len(line) > TITLE_CHARS else line) or "New chat"
-
-    @property
-    def last_reply(self) -> Message | None:
-        """The reply at the end, if there is one."""
-        return self.messages[-1] if self.messages and self.messages[-1].role == "assistant" else None
-
-    def index(self, message_id: str) -> int | None:
-        """Find a message by its id."""
-        return next((i for i, message in enumerate(self.messages) if message.id == message_id), None)
-
-    def stop(self) -> None:
-        """Stop the turn that is going on, if one is."""
-        if self.turn is not None:
-            self.turn.stop()
+def for_page(message: Message, siblings: Sequence[str] = ()) -> dict[str, Any]:
+    """Give a message as the transcript shows it; `siblings` are the ids of its alternatives, itself among them."""
+    return {
+        "id": message.id,
+        "role": message.role,
+        "text": message.content,
+        "reasoning": message.in_reasoning,
+        "notice": message.error or _NOTICES.get(message.reason or "", ""),
+        "failed": message.error is not None,
+        "resumable": message.can_continue,
+        "rating": message.rating,
+        "note": message.note,
+        "siblings": list(siblings),
+    }
 
 
 class Session:
-    """One tab's conversations, newest first. Used from the event loop only, so it needs no lock.
+    """What one tab shows: `conversation` is its id ("" for one that is new), `leaf` its last message, `words` what its
+    list of conversations was searched for. `model` is the one that it has chosen ("" for the first), `defaults` those
+    that its settings show.
 
     `view` counts what the tab was told to show: a handler that still writes for an older view leaves the page alone.
+    Used from the event loop only, so it needs no lock.
     """
 
     def __init__(self) -> None:
-        self.conversations = [Conversation()]
-        self.active = self.conversations[0]
+        self.owner = ""
+        self.conversation = ""
+        self.leaf: str | None = None
+        self.words = ""
         self.view = 0
+        self.model = ""
+        self.defaults = SamplingDefaults()
+        self.n_chosen = 0
 
-    @cached_property
-    def owner(self) -> str:
-        """The tab's own name. Made at first use: Gradio copies one session for every tab."""
-        return new_owner()
-
-    def open_new(self) -> Conversation:
-        """Begin a conversation, or go to the one that is still empty."""
-        empty = next((c for c in self.conversations if not c.messages), None)
-        if empty is None:
-            empty = Conversation()
-            self.conversations.insert(0, empty)
-        self.active = empty
-        return empty
-
-    def select(self, conversation_id: str) -> Conversation:
-        """Show a conversation; an unknown one leaves the active one."""
-        self.active = next((c for c in self.conversations if c.id == conversation_id), self.active)
-        return self.active
-
-    def delete(self, conversation_id: str) -> None:
-        """Forget a conversation and stop what it is writing."""
-        gone = next((c for c in self.conversations if c.id == conversation_id), None)
-        if gone is None:
-            return
-        gone.stop()
-        self.conversations.remove(gone)
-        if gone is self.active:
-            self.active = self.conversations[0] if self.conversations else self.open_new()
-
-    def close(self) -> None:
-        """Stop everything; the tab is gone."""
-        for conversation in self.conversations:
-            conversation.stop()
-
-    def for_list(self) -> list[dict[str, Any]]:
-        """Give the conversations as the sidebar lists them."""
-        return [
-            {"id": c.id, "title": c.title, "active": c is self.active, "busy": c.turn is not None}
-            for c in self.conversations
-        ]
+    def show(self, conversation: Conversation) -> None:
+        """Take note of what the tab shows from now on."""
+        self.owner = conversation.owner
+        self.conversation = conversation.id if conversation.messages else ""
+        self.leaf = conversation.leaf
+        self.view += 1

@@ -99,11 +99,13 @@ def validate(values: Sequence[Any]) -> list[dict[str, Any]]:
     return [_check(name, value) for name, value in zip(names, values, strict=True)]
 
 
-def offer_defaults(values: Sequence[Any], defaults: SamplingDefaults) -> list[Any]:
-    """Give the panel's values with a model's own defaults in the fields that were left as they were."""
+def offer_defaults(
+    values: Sequence[Any], defaults: SamplingDefaults, before: SamplingDefaults = _DEFAULTS
+) -> list[Any]:
+    """Give the panel's values with a model's own defaults in the fields that still show those from `before`."""
     offered = []
     for field, value in zip(fields(ChatSettings), values, strict=True):
-        untouched = hasattr(_DEFAULTS, field.name) and value == getattr(_DEFAULTS, field.name)
+        untouched = hasattr(before, field.name) and value == getattr(before, field.name)
         offered.append(getattr(defaults, field.name) if untouched else value)
     return offered
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from streaming.server.runs import Runs
 from streaming.settings import Settings
 from streaming.ui.build import build_app, launch_app
 from tests.conftest import skip_or_fail
@@ -24,9 +25,9 @@ FLAGS = [
 WAIT_MS = 60_000
 
 
-def serve(engine: Any) -> tuple[Any, str]:
+def serve(engine: Any, runs: Runs | None = None) -> tuple[Any, str]:
     """Serve the page for an engine on a free port of this machine; give the app and its address."""
-    app = build_app(engine)
+    app = build_app(engine, runs)
     url, _ = launch_app(app, engine, Settings(port=0))
     return app, url
 
@@ -39,10 +40,24 @@ def engine() -> Iterator[ScriptedEngine]:
 
 
 @pytest.fixture(scope="session")
-def url(engine: ScriptedEngine) -> Iterator[str]:
-    app, url = serve(engine)
+def runs(engine: ScriptedEngine) -> Iterator[Runs]:
+    runs = Runs(engine)
+    yield runs
+    runs.close()
+    runs.store.close()
+
+
+@pytest.fixture(scope="session")
+def url(engine: ScriptedEngine, runs: Runs) -> Iterator[str]:
+    app, url = serve(engine, runs)
     yield url
     app.close()
+
+
+@pytest.fixture
+def short_grace(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let replies that nobody watches go on for a moment only."""
+    monkeypatch.setattr(runs, "_grace_s", 1.0)
 
 
 @pytest.fixture(scope="session")

@@ -46,3 +46,10 @@ def act(page: Any, name: str, row: str = ".live .bot-row") -> None:
     locator = page.locator(row).last
     locator.hover()
     locator.locator(f".action.{name}").click()
+
+
+def choose(page: Any, conversation: Any, words: str) -> None:
+    """Choose from the menu of a conversation in the sidebar."""
+    conversation.hover()
+    conversation.locator(".more").click()
+    page.get_by_role("menuitem", name=words).click()

@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.page_steps import WAIT_MS, act, ask, last_reply, send, wait_done, wait_until
+from tests.browser.page_steps import WAIT_MS, act, ask, choose, last_reply, send, wait_done, wait_until
 
 pytestmark = pytest.mark.browser
 
@@ -144,9 +144,9 @@ def test_a_failure_leaves_the_part_and_offers_a_retry_that_works(page):
     send(page, "fail: half a reply")
     expect(page.locator(".live .notice")).to_contain_text("the scripted failure", timeout=WAIT_MS)
     expect(last_reply(page)).to_have_text("half a reply")
-    page.locator(".retry-error").click()
+    page.locator(".retry-notice").click()
     expect(page.locator("#status-line")).to_contain_text("Finished", timeout=WAIT_MS)
-    expect(page.locator(".retry-error")).to_have_count(0)
+    expect(page.locator(".retry-notice")).to_have_count(0)
     assert last_reply(page).inner_text() == "half a reply"
 
 
@@ -222,8 +222,7 @@ def test_conversations_can_be_begun_switched_and_deleted(page):
     expect(page.locator(".conversation")).to_have_count(2)
     page.locator(".conversation .open", has_text="in the first").click()
     expect(last_reply(page)).to_have_text("in the first", timeout=WAIT_MS)
-    page.locator(".conversation.active").hover()
-    page.locator(".conversation.active .remove").click()
+    choose(page, page.locator(".conversation.active"), "Delete")
     expect(page.locator(".conversation")).to_have_count(1, timeout=WAIT_MS)
     expect(last_reply(page)).to_have_text("in the second", timeout=WAIT_MS)
 
@@ -249,7 +248,7 @@ def test_two_people_at_once_do_not_mix(open_page):
     assert "Ada" not in bob.locator("body").inner_text()
 
 
-def test_closing_the_browser_frees_the_model(open_page, engine):
+def test_closing_the_browser_frees_the_model(open_page, engine, short_grace):
     page = open_page()
     send(page, "slow: " + "x" * 200)
     expect(last_reply(page)).to_contain_text("x", timeout=WAIT_MS)

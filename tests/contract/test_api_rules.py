@@ -7,6 +7,7 @@ import urllib.parse
 
 import pytest
 
+from streaming.engine.menu import ModelMenu
 from streaming.server import openai_api
 from tests.scripted import ScriptedEngine
 from tests.serving import WAIT_S, ask, serving, wait_for
@@ -233,3 +234,29 @@ def test_a_silent_stream_sends_heartbeats(url, monkeypatch):
     assert [next(waiting), next(waiting)] == [(":", "keep-alive")] * 2
     running.cut()
     assert text_of(waiting) == "x"
+
+
+class TestSeveralModels:
+    @pytest.fixture
+    def menu(self):
+        engines = {name: ScriptedEngine() for name in ("first", "second")}
+        menu = ModelMenu(lambda name, make_room: engines[name], list(engines))
+        menu.start()
+        assert menu.wait_ready(WAIT_S)
+        yield menu
+        menu.close()
+        for engine in engines.values():
+            engine.close()
+
+    def test_each_answers_to_its_name_and_the_first_one_to_none(self, menu):
+        with serving(menu) as url:
+            names = [model["id"] for model in ask(f"{url}v1/models")[1]["data"]]
+            assert names == ["first", "second"]
+            for asked, answered in ((None, "first"), ("first", "first"), ("second", "second"), ("dummy", "first")):
+                status, body = ask(f"{url}v1/chat/completions", chat("say: x", model=asked, logprobs=True))
+                assert (status, body["model"]) == (200, answered)
+            served = {model.model_id: model.status().state for model in menu.models}
+            assert served == {"first": "ready", "second": "ready"}
+            status, body = ask(f"{url}v1/chat/completions", chat("say: x", model="third"))
+            assert (status, body["error"]["code"]) == (404, "model_not_found")
+            assert "'first', 'second'" in body["error"]["message"]

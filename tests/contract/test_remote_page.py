@@ -16,6 +16,7 @@ def engine():
     engine.wait_ready(WAIT_S)
     with serving(engine) as url:
         far = RemoteEngine(f"{url}v1")
+        assert far.wait_ready(WAIT_S)
         yield far
         far.close()
     engine.close()

@@ -163,16 +163,62 @@ def test_a_model_that_does_not_continue_text_says_so(folder, other):
     assert "does not continue text" in refusal(NotACausalLM, str(folder))
 
 
-def test_code_that_comes_with_a_model_is_not_run(folder, tmp_path):
+@pytest.fixture
+def with_code(folder, tmp_path):
+    """A folder whose model is of a class of its own, in a file that comes with it; and what that leaves when it ran."""
     ran = tmp_path / "ran"
-    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
-    edit_config(
-        folder,
-        model_type="own",
-        auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", None]},
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"open({str(ran)!r}, 'w')\n"
+        "class OwnConfig(LlamaConfig): model_type = 'own'\n"
+        "class Own(LlamaForCausalLM): config_class = OwnConfig\n"
     )
-    assert "never run" in refusal(NotACausalLM, str(folder))
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    edit_config(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=code)
+    return folder, ran
+
+
+def test_code_that_comes_with_a_model_is_not_run(with_code):
+    folder, ran = with_code
+    assert "--trust-remote-code" in refusal(NotACausalLM, str(folder))
     assert not ran.exists()
+
+
+def test_code_that_comes_with_a_model_is_run_where_its_owner_says_so(with_code, hub):
+    folder, ran = with_code
+    for name in (str(folder), "ann/tiny"):
+        ran.unlink(missing_ok=True)
+        loaded = load_model(name, dtype="float32", trust_remote_code=True)
+        assert type(loaded.model).__name__ == "Own"
+        assert torch.equal(loaded.model(IDS).logits, tiny_llama()(IDS).logits)
+
+
+def test_loading_tells_how_far_it_is(folder):
+    steps: list[LoadProgress] = []
+    for options in ({"dtype": "float32"}, {"quantize": "int4"}):
+        steps.clear()
+        load_model(str(folder), device="cpu", progress=steps.append, **options)
+        parts = [step.part for step in steps if step.total]
+        assert len(parts) > 5
+        assert parts == sorted(parts)
+        assert parts[-1] == 1
+    assert str(LoadProgress("weights", 21, 50)) == "Loading the model · 42 %"
+    assert str(LoadProgress("download", 39_100_000, 93_000_000)) == "Fetching the model · 39 of 93 MB"
+
+
+def test_room_is_made_once_it_is_known_how_much_is_needed_and_before_any_is_taken(folder):
+    asked = []
+
+    def make_room(n_bytes: int, n_free: int) -> None:
+        asked.append(n_bytes)
+        assert n_free > 0
+        raise ModelTooLarge("There is no room.")
+
+    (folder / "model.safetensors").unlink()
+    for dtype, n_bytes in (("float32", 4), ("bfloat16", 2)):
+        with pytest.raises(ModelTooLarge, match="no room"):
+            load_model(str(folder), device="cpu", dtype=dtype, make_room=make_room)
+        assert asked.pop() == n_bytes * sum(p.numel() for p in tiny_llama().parameters())
 
 
 def test_a_model_too_large_is_refused_before_its_weights_are_touched(folder):

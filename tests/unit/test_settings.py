@@ -34,14 +34,17 @@ def test_settings_cannot_be_changed():
 
 def test_every_flag_is_read(tmp_path):
     given = load(
-        "--model", "a/b", "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
+        "--model", "a/b", "--model", "c", "--model-memory", "900", "--trust-remote-code",
+        "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
         "--quantize", "none",
         "--cache-memory", "64", "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
-        "--api-key", "sk-one-two", "--api-key", "sk-three-four",
+        "--api-key", "sk-one-two", "--api-key", "sk-three-four", "--grace", "7.5",
         "--data-dir", str(tmp_path), "--offline",
     )  # fmt: skip
     assert given == Settings(
-        model="a/b",
+        models=("a/b", "c"),
+        model_memory=900,
+        trust_remote_code=True,
         engine="local",
         device="cuda:1",
         dtype="float32",
@@ -52,6 +55,7 @@ def test_every_flag_is_read(tmp_path):
         share=True,
         auth=(("ann", "p:w,d"), ("bob", "x")),
         api_key=("sk-one-two", "sk-three-four"),
+        grace=7.5,
         data_dir=tmp_path,
         cache_dir=tmp_path / "cache",
         offline=True,
@@ -60,7 +64,9 @@ def test_every_flag_is_read(tmp_path):
 
 def test_every_flag_has_a_twin(tmp_path):
     twins = {
-        "BROOK_MODEL": "a/b",
+        "BROOK_MODEL": "a/b, c",
+        "BROOK_MODEL_MEMORY": "900",
+        "BROOK_TRUST_REMOTE_CODE": "1",
         "BROOK_ENGINE": "local",
         "BROOK_DEVICE": "cpu",
         "BROOK_DTYPE": "bfloat16",
@@ -71,11 +77,14 @@ def test_every_flag_has_a_twin(tmp_path):
         "BROOK_SHARE": "1",
         "BROOK_AUTH": "ann:pw,bob:x",
         "BROOK_API_KEY": "sk-one-two,sk-three-four",
+        "BROOK_GRACE": "5",
         "BROOK_DATA_DIR": str(tmp_path),
         "BROOK_OFFLINE": "true",
     }
     assert load(**twins) == Settings(
-        model="a/b",
+        models=("a/b", "c"),
+        model_memory=900,
+        trust_remote_code=True,
         engine="local",
         device="cpu",
         dtype="bfloat16",
@@ -86,6 +95,7 @@ def test_every_flag_has_a_twin(tmp_path):
         share=True,
         auth=(("ann", "pw"), ("bob", "x")),
         api_key=("sk-one-two", "sk-three-four"),
+        grace=5.0,
         data_dir=tmp_path,
         cache_dir=tmp_path / "cache",
         offline=True,
@@ -99,7 +109,7 @@ def test_every_setting_has_a_flag_and_help_with_its_default(capsys):
     help_text = " ".join(capsys.readouterr().out.split())
     names = {field.name for field in dataclasses.fields(Settings)} - {"cache_dir", "space"}
     for name in names:
-        flag = "--" + name.replace("_", "-")
+        flag = "--" + {"models": "model"}.get(name, name).replace("_", "-")
         assert flag in help_text
     assert help_text.count("(default: ") == len(names)
 
@@ -120,6 +130,21 @@ def test_a_space_listens_on_every_address_unless_told_otherwise():
     assert load(SPACE_ID="ann/brook", BROOK_HOST="::1").host == "::1"
 
 
+def test_where_strangers_come_an_unwatched_reply_goes_on_for_less():
+    assert load().grace == 60
+    assert load("--share").grace == load(SPACE_ID="ann/brook").grace == 15
+    assert load("--share", "--grace", "0").grace == 0
+
+
+def test_a_space_keeps_conversations_on_its_disk_if_it_has_one(monkeypatch, tmp_path):
+    monkeypatch.setattr("streaming.settings.SPACE_DISK", tmp_path)
+    assert load(SPACE_ID="ann/brook").data_dir == tmp_path / "brook"
+    assert load("--data-dir", "/elsewhere", SPACE_ID="ann/brook").data_dir == Path("/elsewhere")
+    assert load().data_dir == Settings().data_dir
+    monkeypatch.setattr("streaming.settings.SPACE_DISK", tmp_path / "none")
+    assert load(SPACE_ID="ann/brook").data_dir == Settings().data_dir
+
+
 def test_data_dir_understands_home_and_relative_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -134,6 +159,7 @@ def test_data_dir_understands_home_and_relative_folders(monkeypatch, tmp_path):
         (["--port", "65536"], "--port: must be a number from 0 to 65535, not '65536'"),
         (["--port=-1"], "--port: must be a number from 0 to 65535, not '-1'"),
         (["--port", "٣"], "--port: must be a number from 0 to 65535, not '٣'"),
+        (["--grace", "soon"], "--grace: must be a number of seconds, not 'soon'"),
         (["--device", "gpu"], "--device: must be auto, cpu, mps, cuda or cuda:N, not 'gpu'"),
         (["--model", " "], "--model: must not be empty"),
         (["--host", ""], "--host: must not be empty"),
@@ -216,5 +242,14 @@ def test_settings_load_without_any_heavy_import():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_second_model_is_refused_where_one_would_be_dropped_silently(capsys):
-    assert refusal(capsys, "--model", "a", "--model", "b") == "--model: one model at a time"
+def test_the_first_model_is_the_one_at_the_start():
+    assert load().model is None
+    assert load("--model", "a", "--model", "b").model == "a"
+
+
+def test_people_elsewhere_can_reach_what_is_shared():
+    assert not load().is_shared
+    assert not load("--host", "::1").is_shared
+    for arguments in (["--share"], ["--host", "0.0.0.0"], ["--host", "192.168.1.7"]):
+        assert load(*arguments).is_shared
+    assert load(SPACE_ID="ann/brook").is_shared

@@ -122,6 +122,7 @@
     root.append(
       button("menu", "Conversations", () => toggle("sidebar")),
       models.root,
+      brook.tree.root,
       button("theme", "Light or dark", () => {
         const dark = !document.body.classList.contains("dark");
         setTheme(dark);

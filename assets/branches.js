@@ -49,11 +49,13 @@
     root.append(opener, panel);
     root.hidden = true;
 
-    panel.addEventListener("toggle", (event) => {
-      if (event.newState !== "open") return;
+    panel.addEventListener("beforetoggle", () => {
       const grown = live();
       const line = grown && panel.querySelector(`[data-id="${CSS.escape(grown.id)}"]`);
       if (line && grown.text) line.textContent = grown.text.slice(0, 60);
+    });
+    panel.addEventListener("toggle", (event) => {
+      if (event.newState !== "open") return;
       const at = opener.getBoundingClientRect();
       panel.style.top = `${at.bottom + 4}px`;
       panel.style.right = `${document.documentElement.clientWidth - at.right}px`;

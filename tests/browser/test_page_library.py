@@ -161,12 +161,8 @@ class TestBranches:
         wait_done(page)
         page.get_by_role("button", name="Branches of this chat").click()
         lines = page.locator(".tree-line")
-        assert lines.all_inner_texts() == [
-            "say: the first branch",
-            "the first branch",
-            "say: the second branch",
-            "the second branch",
-        ]
+        texts = ["say: the first branch", "the first branch", "say: the second branch", "the second branch"]
+        expect(lines).to_have_text(texts)
         expect(page.locator(".tree-line.shown")).to_have_count(2)
         expect(page.locator(".tree-line[aria-current]")).to_be_focused()
         lines.nth(1).click()

@@ -2,11 +2,13 @@
 
 import itertools
 import re
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.page_steps import WAIT_MS, act, ask, last_reply, send, wait_done, wait_until
+from tests.browser.page_steps import WAIT_MS, ask, last_reply, send, wait_done
+from tests.cutoff import cable
 
 pytestmark = pytest.mark.browser
 
@@ -134,9 +136,8 @@ def test_another_person_gets_nothing_by_an_id(open_page):
     ask(bob, "say: Bob's own")
     assert "Ada" not in bob.locator("body").inner_text()
     assert bob.evaluate("sessionStorage.getItem('brook-conversation')") != stolen
-    act(ada, "retry")
-    wait_until(ada, lambda: True)
-    expect(ada.locator("#chatbot .message")).to_have_count(2)
+    ada.reload()
+    expect(last_reply(ada)).to_have_text("for Ada alone", timeout=WAIT_MS)
 
 
 def test_the_browsers_secret_is_long_and_its_own(open_page):
@@ -147,3 +148,17 @@ def test_the_browsers_secret_is_long_and_its_own(open_page):
     one.reload()
     one.wait_for_selector(".conversation")
     assert one.evaluate("localStorage.getItem('brook-browser')") == secrets[0]
+
+
+def test_a_connection_that_dies_without_a_word_is_noticed(open_page, url):
+    with cable(urlsplit(url).port) as line:
+        page = open_page(line.url)
+        watch(page)
+        page.locator("#max-new-tokens input").fill("1000")
+        send(page, f"slow: {LONG * 6}")
+        expect(last_reply(page)).to_contain_text("character", timeout=WAIT_MS)
+        line.silence()
+        expect(last_reply(page)).to_have_text(LONG * 6, timeout=WAIT_MS)
+        texts = shown(page)
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+        page.context.close()

@@ -7,6 +7,9 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import expect
 
+from streaming.server.runs import Runs
+from streaming.settings import Settings
+from streaming.ui.build import build_app, launch_app
 from tests.browser.page_steps import WAIT_MS, ask, last_reply, send, wait_done
 from tests.cutoff import cable
 
@@ -162,3 +165,40 @@ def test_a_connection_that_dies_without_a_word_is_noticed(open_page, url):
         texts = shown(page)
         assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
         page.context.close()
+
+
+@pytest.fixture
+def url_with_accounts(engine):
+    runs = Runs(engine)
+    app = build_app(engine, runs)
+    address, _ = launch_app(app, engine, Settings(port=0, auth=(("ada", "pa55"), ("bob", "pa55"))))
+    yield address
+    app.close()
+    runs.close()
+    runs.store.close()
+
+
+def test_an_account_sees_its_own_from_every_device_and_nobody_elses(chromium, url_with_accounts):
+    contexts = []
+
+    def sign_in(name):
+        contexts.append(chromium.new_context())
+        page = contexts[-1].new_page()
+        page.goto(url_with_accounts)
+        page.get_by_label("username").fill(name)
+        page.get_by_label("password").fill("pa55")
+        page.get_by_role("button", name="Login").click()
+        page.wait_for_selector(".conversation", state="attached", timeout=WAIT_MS)
+        return page
+
+    laptop = sign_in("ada")
+    send(laptop, f"slow: {LONG}")
+    expect(last_reply(laptop)).to_contain_text("character", timeout=WAIT_MS)
+    phone, bob = sign_in("ada"), sign_in("bob")
+    expect(last_reply(phone)).to_have_text(LONG, timeout=WAIT_MS)
+    wait_done(laptop)
+    expect(bob.locator(".conversation")).to_have_count(1)
+    expect(bob.locator("#chatbot .message")).to_have_count(0)
+    assert "character" not in bob.locator("body").inner_text()
+    for context in contexts:
+        context.close()

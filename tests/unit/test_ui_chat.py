@@ -79,7 +79,7 @@ class Tab:
         self.take(await self.handlers.send(self.session, self.said, text, None, *settings(**changed)))
 
     async def frames(self):
-        async with aclosing(self.handlers.stream(self.session)) as frames:
+        async with aclosing(self.handlers.stream(self.session, self.said, None)) as frames:
             async for frame in frames:
                 if "state" in frame:
                     self.live = frame
@@ -87,7 +87,7 @@ class Tab:
 
     async def finish(self) -> list[dict]:
         frames = [frame async for frame in self.frames()]
-        self.take(await self.handlers.settle(self.session))
+        self.take(await self.handlers.settle(self.session, self.said, None))
         return frames
 
     async def ask(self, text: str, **changed) -> list[dict]:
@@ -421,6 +421,19 @@ class TestWho:
         frames = asyncio.run(play())
         assert frames[-1]["message"]["text"] == "for Ada alone"
         assert [m.content for m in ada.kept.path()] == ["slow: for Ada alone", "for Ada alone"]
+
+    def test_a_tabs_session_alone_shows_nobody_its_reply(self, runs):
+        ada = Tab(runs)
+
+        async def play():
+            await ada.send("slow: for Ada alone")
+            frames = [f async for f in ada.handlers.stream(ada.session, {"browser": "b" * 32}, None)]
+            frames += [f async for f in ada.handlers.follow(ada.session, {}, None)]
+            assert frames == [{"__type__": "update"}] * 2
+            await ada.finish()
+
+        asyncio.run(play())
+        assert ada.texts[-1] == "for Ada alone"
 
 
 class TestRuns:

@@ -365,6 +365,33 @@ class TestConversations:
 
         asyncio.run(play())
 
+    @pytest.mark.parametrize("held", ["open", "recent"])
+    def test_a_refresh_that_is_late_takes_nothing_off_the_page(self, tab, runs, monkeypatch, held):
+        asyncio.run(tab.ask("say: before"))
+        work, reached, go = getattr(runs.store, held), threading.Event(), threading.Event()
+        given: list[tuple] = []
+
+        def wait(*values):
+            if not reached.is_set():
+                result = work(*values)
+                reached.set()
+                go.wait(WAIT_S)
+                return result
+            return work(*values)
+
+        async def play():
+            monkeypatch.setattr(runs.store, held, wait)
+            refresh = asyncio.create_task(tab.handlers.conversations.refresh(tab.session, tab.said, None))
+            await asyncio.to_thread(reached.wait, WAIT_S)
+            await tab.send("slow: sent meanwhile")
+            go.set()
+            given.append(await refresh)
+            await tab.finish()
+
+        asyncio.run(play())
+        assert given == [({"__type__": "update"},) * 4]
+        assert tab.texts == ["say: before", "before", "slow: sent meanwhile", "sent meanwhile"]
+
     def test_a_page_that_outlived_the_server_goes_on(self, tab, runs):
         asyncio.run(tab.ask("say: before"))
         again = Tab(runs)

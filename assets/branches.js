@@ -33,9 +33,13 @@
   };
 
   // A small view of the tree: a line for each message, set in where the conversation forks.
-  brook.makeTree = function (choose) {
-    const root = element("div", "tree");
-    const opener = button("tree", "Branches of this chat", () => {});
+  // `live` gives the last reply, which has grown since the tree was told. Its button stands in the header.
+  function makeTree() {
+    let choose = () => {};
+    let live = () => null;
+    const root = element("div", "tree-box");
+    const opener = button("fork", "Branches of this chat", () => {});
+    opener.className = "icon fork";
     const panel = element("div", "tree-panel");
     panel.popover = "auto";
     panel.setAttribute("role", "dialog");
@@ -45,6 +49,11 @@
     root.append(opener, panel);
     root.hidden = true;
 
+    panel.addEventListener("beforetoggle", () => {
+      const grown = live();
+      const line = grown && panel.querySelector(`[data-id="${CSS.escape(grown.id)}"]`);
+      if (line && grown.text) line.textContent = grown.text.slice(0, 60);
+    });
     panel.addEventListener("toggle", (event) => {
       if (event.newState !== "open") return;
       const at = opener.getBoundingClientRect();
@@ -74,6 +83,7 @@
         const [message, depth] = waiting.pop();
         const line = element("button", `tree-line ${message.role}`);
         line.type = "button";
+        line.dataset.id = message.id;
         line.dir = "auto";
         line.textContent = message.text || "No text";
         line.classList.toggle("shown", message.shown);
@@ -89,8 +99,9 @@
       }
       panel.replaceChildren(...lines);
     }
-    return { root, show };
-  };
+    return { root, show, connect: (onChoose, getLive) => ([choose, live] = [onChoose, getLive]) };
+  }
+  brook.tree = makeTree();
 
   // Thumbs: `row.rating` and `row.note` are what was said last, here or on the server.
   brook.showRating = function (row) {

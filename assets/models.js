@@ -40,6 +40,9 @@
     panel.addEventListener("toggle", (event) => {
       opener.setAttribute("aria-expanded", String(event.newState === "open"));
       if (event.newState !== "open") return;
+      const at = opener.getBoundingClientRect();
+      panel.style.top = `${at.bottom + 4}px`;
+      panel.style.right = `${Math.min(document.documentElement.clientWidth - at.right, innerWidth - panel.offsetWidth - 8)}px`;
       const current = list.querySelector("[aria-current]") || list.firstChild;
       if (current) current.focus();
     });

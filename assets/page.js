@@ -68,21 +68,21 @@
   // the page again when the server is back; one that died without a word (a sleeping phone, a lost proxy) shows here.
 
   const LOOK_MS = 2000;
-  const STALL_MS = 12000;
+  const STALL_MS = 10000;
   let heard = Date.now();
   let looked = heard;
+  let asking = false;
   brook.hear = () => (heard = Date.now());
   setInterval(() => {
     const now = Date.now();
     if (now - looked > 2 * LOOK_MS) heard = now; // this machine slept: let the stream speak first
     looked = now;
-    if (brook.busy && now - heard > STALL_MS) {
-      heard = now;
-      fetch("healthz", { cache: "no-store" }).then(
-        () => location.reload(),
-        () => {},
-      );
-    }
+    if (!brook.busy || now - heard < STALL_MS || asking) return;
+    asking = true;
+    // The browser may try connections that are as dead: each gets a moment, then the next.
+    fetch("healthz", { cache: "no-store", signal: AbortSignal.timeout(2 * LOOK_MS) })
+      .then(() => location.reload())
+      .catch(() => (asking = false));
   }, LOOK_MS);
 
   brook.setStatus = function (words, state) {
@@ -122,6 +122,7 @@
     root.append(
       button("menu", "Conversations", () => toggle("sidebar")),
       models.root,
+      brook.tree.root,
       button("theme", "Light or dark", () => {
         const dark = !document.body.classList.contains("dark");
         setTheme(dark);

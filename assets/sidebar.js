@@ -201,7 +201,7 @@
 
   // A menu that belongs to whichever button opened it.
   brook.makeMenu = function (label, choose) {
-    const panel = element("div", "menu");
+    const panel = element("div", "popup");
     panel.popover = "auto";
     panel.setAttribute("role", "menu");
     panel.setAttribute("aria-label", label);
@@ -222,7 +222,7 @@
         opener = button;
         panel.replaceChildren(
           ...entries.map(([name, words]) => {
-            const entry = element("button", `menu-item ${name}`);
+            const entry = element("button", `popup-item ${name}`);
             entry.type = "button";
             entry.setAttribute("role", "menuitem");
             entry.textContent = words;

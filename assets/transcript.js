@@ -228,8 +228,11 @@
     }
     welcome.append(title, choices);
     const list = element("div", "rows");
-    const tree = brook.makeTree((id) => send("branch", { id }));
-    root.replaceChildren(welcome, tree.root, list);
+    brook.tree.connect(
+      (id) => send("branch", { id }),
+      () => page.live.message,
+    );
+    root.replaceChildren(welcome, list);
     const show = () => {
       const past = (page.past = props.value || page.past);
       if (past.conversation !== null) brook.setConversation(past.conversation);
@@ -240,7 +243,7 @@
         return row.root;
       });
       list.replaceChildren(...wanted);
-      tree.show(past.tree);
+      brook.tree.show(past.tree);
       list.dataset.conversation = past.conversation || "";
       const kept = new Set(past.messages.map((m) => m.id));
       if (page.live.message) kept.add(page.live.message.id);

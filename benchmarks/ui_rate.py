@@ -172,8 +172,8 @@ def measure_brook(n_messages: int, n_tokens: int) -> Measured:
             # The session's state, what the tab says of itself, the message, then the settings in the panel's order.
             shown = client.call(sent, [None, tab, text, "", n, 0.0, 1.0, 0, 0.0, 1.0, 0, ""])
             tab["conversation"] = shown.last[1]["conversation"]
-            measured = client.call(streamed, [None])
-            client.call_at_once(settled, [None])
+            measured = client.call(streamed, [None, tab])
+            client.call_at_once(settled, [None, tab])
             return measured
 
         ask("warm up", 50)

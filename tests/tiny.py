@@ -133,3 +133,35 @@ class Parrot(ScriptedModel):
 def loaded(model, tokenizer=None, n_context: int = N_CONTEXT) -> LoadedModel:
     """Dress a model as what load_model gives."""
     return LoadedModel(model=model, tokenizer=tokenizer or byte_tokenizer(), model_id="tiny", n_context=n_context)
+
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz "
+
+
+def chanting_llama(n_context: int = 16384) -> LlamaForCausalLM:
+    """A Llama that says the alphabet over and over, so that a token too many or too few shows; some ms a token."""
+    tokenizer = byte_tokenizer()
+    n_vocab, n_hidden = 256 + len(CONTROL_TOKENS), 512
+    config = LlamaConfig(
+        vocab_size=n_vocab,
+        hidden_size=n_hidden,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        max_position_embeddings=n_context,
+        bos_token_id=257,
+        eos_token_id=258,
+        pad_token_id=256,
+    )
+    model = LlamaForCausalLM(config).eval()
+    said = tokenizer(ALPHABET)["input_ids"]
+    follower = dict(zip(said, [*said[1:], said[0]], strict=True))
+    with torch.no_grad():
+        for layer in model.model.layers:  # the layers add nothing: what comes next depends on the last token alone
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(n_vocab, n_hidden))
+        model.lm_head.weight.zero_()
+        for token_id in range(n_vocab):
+            model.lm_head.weight[follower.get(token_id, said[0]), token_id] = 1.0
+    return model

@@ -192,7 +192,7 @@ def _wire(
 ) -> None:
     """Connect what people do to the handlers; `asker` comes first in each: the session, what the tab says of itself."""
     shown = [chat.composer, chat.past, chat.live, conversations]
-    session, tab = asker
+    _, tab = asker
 
     def check(n_before: int) -> Callable[..., list[dict[str, Any]]]:
         return lambda *values: [gr.validate(True, "")] * n_before + validate(values[n_before:])
@@ -201,11 +201,12 @@ def _wire(
         given = [*asker, *inputs, *panel.inputs]
         n_before = len(given) - len(panel.inputs)
         begun = listen(handler, given, shown, validator=check(n_before), js=SAY_WHO, trigger_mode="multiple", **QUEUED)
-        streamed = begun.success(handlers.stream, session, chat.live, **QUEUED)
-        streamed.then(handlers.settle, session, [*shown, panel.field("seed")], **AT_ONCE)
+        streamed = begun.success(handlers.stream, asker, chat.live, js=SAY_WHO, **QUEUED)
+        streamed.then(handlers.settle, asker, [*shown, panel.field("seed")], js=SAY_WHO, **AT_ONCE)
 
     def show(listen: Any, handler: Any) -> None:
-        listen(handler, asker, shown, js=SAY_WHO, **AT_ONCE).then(handlers.follow, session, chat.live, **QUEUED)
+        shows = listen(handler, asker, shown, js=SAY_WHO, **AT_ONCE)
+        shows.then(handlers.follow, asker, chat.live, js=SAY_WHO, **QUEUED)
 
     past: Any = chat.past
     for listen in (chat.composer.submit, chat.send.click):

@@ -21,7 +21,7 @@ from streaming.server.runs import LiveReply, Runs
 from streaming.ui.conversations import NOTHING, SKIP, ConversationHandlers, Tab, Update, last_reply
 from streaming.ui.models import ModelHandlers
 from streaming.ui.replies import IDLE_FRAME_S, Replies
-from streaming.ui.session import Session
+from streaming.ui.session import Session, owner_of
 from streaming.ui.settings_panel import ChatSettings
 
 Live = AsyncGenerator[Any, None]
@@ -109,10 +109,10 @@ class ChatHandlers:
 
     # Stream and settle
 
-    async def stream(self, session: ChatSession) -> Live:
+    async def stream(self, session: ChatSession, tab: Tab, request: gr.Request) -> Live:
         """Read the reply that was asked for."""
-        if not session.asked:
-            async for frame in self.follow(session):
+        if not session.asked or session.asked[0].reply.owner != owner_of(tab, request):
+            async for frame in self.follow(session, tab, request):
                 yield frame
             return
         asked = session.asked.popleft()
@@ -124,9 +124,9 @@ class ChatHandlers:
             asked.refusal = str(error)
         session.answered.append(asked)
 
-    async def settle(self, session: ChatSession) -> tuple[Any, ...]:
+    async def settle(self, session: ChatSession, tab: Tab, request: gr.Request) -> tuple[Any, ...]:
         """Show what a reply changed beside itself: the list, the seed; and after a refusal, all as it was before."""
-        if not session.answered:
+        if not session.answered or session.answered[0].reply.owner != owner_of(tab, request):
             return (*NOTHING, SKIP)
         asked = session.answered.popleft()
         if asked.refusal and session.leaf == asked.reply.message.id:
@@ -136,9 +136,9 @@ class ChatHandlers:
         seed = SKIP if generation is None else gr.update(info=f"0 is fresh · last used {generation.seed}")
         return SKIP, SKIP, SKIP, await self.conversations.listed(session), seed
 
-    async def follow(self, session: ChatSession) -> Live:
+    async def follow(self, session: ChatSession, tab: Tab, request: gr.Request) -> Live:
         """Read the reply of the conversation that is shown, if one is being written."""
-        reply = self._runs.of(session.owner, session.conversation)
+        reply = self._runs.of(owner_of(tab, request), session.conversation)
         if reply is None:
             yield SKIP
             return

@@ -33,12 +33,19 @@ class ConversationHandlers:
         self._store = runs.store
 
     async def refresh(self, session: Session, tab: Tab, request: gr.Request) -> Update:
-        """Show what the tab shows as it is now; in a tab that shows nothing yet, what is being written, if anything."""
-        owner = owner_of(tab, request)
+        """Show what the tab shows as it is now; in a tab that shows nothing yet, what is being written, if anything.
+
+        Nobody asked for it by hand: when the person did something meanwhile, that stands.
+        """
+        owner, view = owner_of(tab, request), session.view
         if not tab.get("conversation"):
             running = [reply.conversation_id for reply in self._runs.of_owner(owner)]
             tab = {**tab, "conversation": running[-1] if running else ""}
-        return await self.show(session, await self.open(tab, request))
+        conversation = await self.open(tab, request)
+        if session.view != view:
+            return NOTHING
+        update = await self.show(session, conversation)
+        return update if session.view == view + 1 else NOTHING
 
     async def new(self, session: Session, tab: Tab, request: gr.Request) -> Update:
         """Begin a conversation; what another is writing goes on."""

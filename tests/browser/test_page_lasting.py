@@ -2,11 +2,16 @@
 
 import itertools
 import re
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.page_steps import WAIT_MS, act, ask, last_reply, send, wait_done, wait_until
+from streaming.server.runs import Runs
+from streaming.settings import Settings
+from streaming.ui.build import build_app, launch_app
+from tests.browser.page_steps import WAIT_MS, ask, last_reply, send, wait_done
+from tests.cutoff import cable
 
 pytestmark = pytest.mark.browser
 
@@ -134,9 +139,8 @@ def test_another_person_gets_nothing_by_an_id(open_page):
     ask(bob, "say: Bob's own")
     assert "Ada" not in bob.locator("body").inner_text()
     assert bob.evaluate("sessionStorage.getItem('brook-conversation')") != stolen
-    act(ada, "retry")
-    wait_until(ada, lambda: True)
-    expect(ada.locator("#chatbot .message")).to_have_count(2)
+    ada.reload()
+    expect(last_reply(ada)).to_have_text("for Ada alone", timeout=WAIT_MS)
 
 
 def test_the_browsers_secret_is_long_and_its_own(open_page):
@@ -147,3 +151,54 @@ def test_the_browsers_secret_is_long_and_its_own(open_page):
     one.reload()
     one.wait_for_selector(".conversation")
     assert one.evaluate("localStorage.getItem('brook-browser')") == secrets[0]
+
+
+def test_a_connection_that_dies_without_a_word_is_noticed(open_page, url):
+    with cable(urlsplit(url).port) as line:
+        page = open_page(line.url)
+        watch(page)
+        page.locator("#max-new-tokens input").fill("1000")
+        send(page, f"slow: {LONG * 6}")
+        expect(last_reply(page)).to_contain_text("character", timeout=WAIT_MS)
+        line.silence()
+        expect(last_reply(page)).to_have_text(LONG * 6, timeout=WAIT_MS)
+        texts = shown(page)
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+        page.context.close()
+
+
+@pytest.fixture
+def url_with_accounts(engine):
+    runs = Runs(engine)
+    app = build_app(engine, runs)
+    address, _ = launch_app(app, engine, Settings(port=0, auth=(("ada", "pa55"), ("bob", "pa55"))))
+    yield address
+    app.close()
+    runs.close()
+    runs.store.close()
+
+
+def test_an_account_sees_its_own_from_every_device_and_nobody_elses(chromium, url_with_accounts):
+    contexts = []
+
+    def sign_in(name):
+        contexts.append(chromium.new_context())
+        page = contexts[-1].new_page()
+        page.goto(url_with_accounts)
+        page.get_by_label("username").fill(name)
+        page.get_by_label("password").fill("pa55")
+        page.get_by_role("button", name="Login").click()
+        page.wait_for_selector(".conversation", state="attached", timeout=WAIT_MS)
+        return page
+
+    laptop = sign_in("ada")
+    send(laptop, f"slow: {LONG}")
+    expect(last_reply(laptop)).to_contain_text("character", timeout=WAIT_MS)
+    phone, bob = sign_in("ada"), sign_in("bob")
+    expect(last_reply(phone)).to_have_text(LONG, timeout=WAIT_MS)
+    wait_done(laptop)
+    expect(bob.locator(".conversation")).to_have_count(1)
+    expect(bob.locator("#chatbot .message")).to_have_count(0)
+    assert "character" not in bob.locator("body").inner_text()
+    for context in contexts:
+        context.close()

@@ -1,13 +1,17 @@
 """Brook's page and API in front of a remote engine, which has neither a tokenizer nor token ids."""
 
+import asyncio
+
 import openai
 import pytest
 from gradio_client import Client
 
 from streaming.engine.remote import RemoteEngine
+from streaming.server.runs import Runs
 from tests.fake_server import fake_server, streaming
 from tests.scripted import ScriptedEngine
 from tests.serving import WAIT_S, serving
+from tests.unit.test_ui_chat import Tab, settings
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +24,32 @@ def engine():
         yield far
         far.close()
     engine.close()
+
+
+@pytest.fixture
+def tab(engine):
+    runs = Runs(engine)
+    yield Tab(runs)
+    runs.close()
+
+
+def test_a_conversation_goes_on_without_token_ids(tab):
+    for text in ("one", "two"):
+        asyncio.run(tab.ask(f"say: {text}"))
+    assert tab.texts == ["say: one", "one", "say: two", "two"]
+    assert {message.token_ids for message in tab.kept.messages.values()} == {()}
+
+
+def test_a_reply_that_was_cut_goes_on_where_it_was(tab):
+    asyncio.run(tab.ask("say: abcdef", max_new_tokens=3))
+    assert tab.texts == ["say: abcdef", "abc"]
+
+    async def go_on():
+        await tab.do("resume", None, *settings())
+        await tab.finish()
+
+    asyncio.run(go_on())
+    assert tab.texts == ["say: abcdef", "abcdef"]
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ class Tab:
         self.take(await self.handlers.send(self.session, self.said, text, None, *settings(**changed)))
 
     async def frames(self):
-        async with aclosing(self.handlers.stream(self.session)) as frames:
+        async with aclosing(self.handlers.stream(self.session, self.said, None)) as frames:
             async for frame in frames:
                 if "state" in frame:
                     self.live = frame
@@ -88,7 +88,7 @@ class Tab:
 
     async def finish(self) -> list[dict]:
         frames = [frame async for frame in self.frames()]
-        self.take(await self.handlers.settle(self.session))
+        self.take(await self.handlers.settle(self.session, self.said, None))
         return frames
 
     async def ask(self, text: str, **changed) -> list[dict]:
@@ -367,6 +367,33 @@ class TestConversations:
 
         asyncio.run(play())
 
+    @pytest.mark.parametrize("held", ["open", "recent"])
+    def test_a_refresh_that_is_late_takes_nothing_off_the_page(self, tab, runs, monkeypatch, held):
+        asyncio.run(tab.ask("say: before"))
+        work, reached, go = getattr(runs.store, held), threading.Event(), threading.Event()
+        given: list[tuple] = []
+
+        def wait(*values):
+            if not reached.is_set():
+                result = work(*values)
+                reached.set()
+                go.wait(WAIT_S)
+                return result
+            return work(*values)
+
+        async def play():
+            monkeypatch.setattr(runs.store, held, wait)
+            refresh = asyncio.create_task(tab.handlers.conversations.refresh(tab.session, tab.said, None))
+            await asyncio.to_thread(reached.wait, WAIT_S)
+            await tab.send("slow: sent meanwhile")
+            go.set()
+            given.append(await refresh)
+            await tab.finish()
+
+        asyncio.run(play())
+        assert given == [({"__type__": "update"},) * 4]
+        assert tab.texts == ["say: before", "before", "slow: sent meanwhile", "sent meanwhile"]
+
     def test_a_page_that_outlived_the_server_goes_on(self, tab, runs):
         asyncio.run(tab.ask("say: before"))
         again = Tab(runs)
@@ -423,6 +450,19 @@ class TestWho:
         frames = asyncio.run(play())
         assert frames[-1]["message"]["text"] == "for Ada alone"
         assert [m.content for m in ada.kept.path()] == ["slow: for Ada alone", "for Ada alone"]
+
+    def test_a_tabs_session_alone_shows_nobody_its_reply(self, runs):
+        ada = Tab(runs)
+
+        async def play():
+            await ada.send("slow: for Ada alone")
+            frames = [f async for f in ada.handlers.stream(ada.session, {"browser": "b" * 32}, None)]
+            frames += [f async for f in ada.handlers.follow(ada.session, {}, None)]
+            assert frames == [{"__type__": "update"}] * 2
+            await ada.finish()
+
+        asyncio.run(play())
+        assert ada.texts[-1] == "for Ada alone"
 
 
 class TestRuns:

@@ -106,7 +106,8 @@ def build_processors(
     seed: int,
     device: torch.device,
     recorder: LogprobRecorder | None,
-    n_prompt: int = 0,
+    *,
+    n_prompt: int,
 ) -> LogitsProcessorList:
     """Give the processors for one request, in transformers' own order; none that would change nothing.
 

@@ -84,13 +84,13 @@ def test_a_seed_gives_the_same_draws_and_two_generators_do_not_disturb_each_othe
     ],
 )
 def test_only_settings_that_change_something_cost_something(changes, names):
-    processors = build_processors(SamplingDefaults(**changes), 1, CPU, None)
+    processors = build_processors(SamplingDefaults(**changes), 1, CPU, None, n_prompt=0)
     assert [type(p).__name__ for p in processors] == names
 
 
 def test_logprobs_are_taken_before_any_setting():
     recorder = LogprobRecorder(byte_tokenizer(), 2)
-    processors = build_processors(SamplingDefaults(temperature=0.1, top_k=1), 1, CPU, recorder)
+    processors = build_processors(SamplingDefaults(temperature=0.1, top_k=1), 1, CPU, recorder, n_prompt=0)
     scores = torch.randn(1, 259, generator=torch.Generator().manual_seed(0))
     processors(NO_IDS, scores.clone())
     expected = scores[0].log_softmax(-1)
@@ -110,7 +110,7 @@ def test_penalties_count_the_reply_alone_as_openai_describes_them():
 
 def test_penalties_are_there_only_when_asked_for_also_for_greedy():
     def kinds(**options):
-        return [type(p) for p in build_processors(SamplingDefaults(**options), 1, CPU, None)]
+        return [type(p) for p in build_processors(SamplingDefaults(**options), 1, CPU, None, n_prompt=0)]
 
     assert kinds() == []
     assert kinds(frequency_penalty=0.1) == kinds(presence_penalty=-0.1) == [ReplyPenalties]

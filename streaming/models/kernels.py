@@ -209,7 +209,7 @@ def multiply_unpacked(packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def take_rows(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return the float32 rows `(*rows.shape, columns)` of a packed weight, as an embedding does."""
     _, groups, block_bytes = packed.shape
-    indices = rows.contiguous()
+    indices = rows.to(torch.int64).contiguous()
     out = torch.empty(*rows.shape, groups * GROUP_COLUMNS)
     addresses = (indices.data_ptr(), indices.numel(), _LANES.ctypes.data, out.data_ptr())
     _run(_take_rows, (packed.data_ptr(), block_bytes, groups, *addresses), 1)

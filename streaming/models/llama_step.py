@@ -1,6 +1,7 @@
 """The compiled decoding step, prepared for one model: which models it fits, and what it needs to know of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -112,10 +113,11 @@ class LlamaStep:
                 layer.lazy_initialization(nothing, nothing)
         return OpenCache(layers)
 
-    def continuing(self, cache: DynamicCache) -> Callable[[int], torch.Tensor]:
-        """Return a function that appends a token to a cache and returns the logits after it, float32 `(1, vocab)`."""
+    @contextmanager
+    def continuing(self, cache: DynamicCache) -> Iterator[Callable[[int], torch.Tensor]]:
+        """Give a function that appends a token to a cache and returns the logits after it, float32 `(1, vocab)`."""
         opened = self.open(cache)
-        return lambda token_id: self.read([(opened, [token_id])])
+        yield lambda token_id: self.read([(opened, [token_id])])
 
     def read(self, pieces: Sequence[tuple[OpenCache, Sequence[int]]], wanted: Sequence[int] = (0,)) -> torch.Tensor:
         """Append tokens to several caches at once.

@@ -16,7 +16,7 @@ from streaming.engine.base import EngineStatus, Generation, GenerationRequest, S
 from streaming.engine.decode_loop import decode_loop
 from streaming.engine.prefix_cache import PrefixCache
 from streaming.engine.queue import FairQueue
-from streaming.engine.run import Run, StopStringMet, build_run
+from streaming.engine.run import GiveWay, Run, StopStringMet, build_run
 from streaming.engine.sampling import build_processors
 from streaming.errors import EngineClosed, GenerationCancelled, ModelUnavailable, StreamTimeout
 from streaming.events import FinishReason
@@ -192,9 +192,9 @@ class LocalEngine:
 
     def _show_places(self) -> None:
         """Tell the waiting runs how many must end before each begins; the lock is held."""
-        n_before = max(0, len(self._queue.served) + 1 - self.n_seats)
+        n_before = len(self._queue.served) + 1 - self.n_seats
         for place, run in enumerate(self._queue):
-            run.show(dataclasses.replace(run.generation.progress, n_ahead=n_before + place))
+            run.show(dataclasses.replace(run.generation.progress, n_ahead=max(0, n_before + place)))
 
     def _require_loaded(self) -> LoadedModel:
         ready = self.wait_ready(READY_TIMEOUT_S)
@@ -212,6 +212,8 @@ class LocalEngine:
     def _work(self) -> None:
         try:
             self._loaded = loaded = self._load(self._on_load_progress)
+            loaded.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self._get_ready(loaded)
         except Exception as error:
             if not isinstance(error, ModelUnavailable):
                 logger.exception("The model could not be loaded")
@@ -219,10 +221,12 @@ class LocalEngine:
             return
         finally:
             self._ready.set()
-        loaded.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         while (run := self._next_run()) is not None:
             self._serve(run, loaded)
         self._loaded = None
+
+    def _get_ready(self, loaded: LoadedModel) -> None:
+        """Do in the worker what must be done before the first request."""
 
     def _on_load_progress(self, progress: LoadProgress) -> None:
         self._load_progress = progress
@@ -241,42 +245,66 @@ class LocalEngine:
         return run
 
     def _serve(self, run: Run, loaded: LoadedModel) -> None:
-        reason: FinishReason = "error"
-        message: str | None = "The model stopped without saying why; try again."
         self._reading = run
         try:
             self._generate(run, loaded)
-            reason, message = ("stop" if run.row.last_id in _eos_ids(loaded.model) else "length"), None
-        except StopStringMet:
-            reason, message = "stop", None
-        except GenerationCancelled:
-            reason, message = "cancelled", None
+        except GiveWay:
+            raise
         except BaseException as error:
-            logger.exception("generate() failed after %d tokens", run.row.n_tokens)
-            message = _explain(error)
+            self._end(run, error)
+        else:
+            self._end(run)
         finally:
             self._reading = None
-            if torch.cuda.is_available() and reason == "error":
-                torch.cuda.empty_cache()
-            self._end(run, reason, message)
 
-    def _end(self, run: Run, reason: FinishReason, message: str | None) -> None:
-        """Free the run's seat, then tell its readers."""
-        with self._changed:
-            self._queue.release(run)
-            self._show_places()
-        run.finish(reason, message)
+    def _end(self, run: Run, error: BaseException | None = None) -> None:
+        """Keep what was read, free the run's seat, then tell its readers how it ended: by itself, or by `error`."""
+        reason: FinishReason = "error"
+        message: str | None = "The model stopped without saying why; try again."
+        try:
+            if error is None:
+                reason, message = ("stop" if self._is_eos(run) else "length"), None
+            elif isinstance(error, StopStringMet):
+                reason, message = "stop", None
+            elif isinstance(error, GenerationCancelled):
+                reason, message = "cancelled", None
+            else:
+                logger.error("Generation failed after %d tokens", run.row.n_tokens, exc_info=error)
+                message = _explain(error)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            if reason != "error" and run.cache is not None:
+                self._keep(run, run.cache)
+        finally:
+            run.cache = None
+            with self._changed:
+                self._queue.release(run)
+                self._show_places()
+            run.finish(reason, message)
+
+    def _is_eos(self, run: Run) -> bool:
+        return self._loaded is not None and run.row.last_id in _eos_ids(self._loaded.model)
+
+    def _n_max_tokens(self, run: Run) -> int:
+        """How many tokens the run may write: what was asked for, within the model's context."""
+        assert self._loaded is not None
+        return min(run.sampling.max_new_tokens, self._loaded.n_context - len(run.generation.prompt_ids))
+
+    def _prepare(self, run: Run, loaded: LoadedModel) -> None:
+        """Give a run the cache that it goes on with, and what draws its tokens."""
+        model, generation = loaded.model, run.generation
+        run.cache = self._prefixes.take(generation.request.owner, generation.prompt_ids)
+        if run.cache is None:
+            run.cache = DynamicCache(config=model.config)
+        run.n_reused_tokens = run.cache.get_seq_length()
+        run.processors = build_processors(run.sampling, generation.seed, model.device, run.recorder)
 
     def _generate(self, run: Run, loaded: LoadedModel) -> None:
-        """Call `generate()`; the tokens arrive in the run's log, what was read stays for the owner's next request."""
+        """Call `generate()`; the tokens arrive in the run's log, what was read stays in its cache."""
         model: Any = loaded.model
-        tokenizer, generation = loaded.tokenizer, run.generation
-        prompt_ids = generation.prompt_ids
-        cache = self._prefixes.take(generation.request.owner, prompt_ids)
-        if cache is None:
-            cache = DynamicCache(config=model.config)
-        run.n_reused_tokens = cache.get_seq_length()
-        ids = torch.tensor([prompt_ids], device=model.device)
+        tokenizer = loaded.tokenizer
+        self._prepare(run, loaded)
+        ids = torch.tensor([run.generation.prompt_ids], device=model.device)
         eos_ids = sorted(_eos_ids(model))
         config = GenerationConfig(
             # Whatever the processors do is switched off here: generate() fills what is left open from the model's own
@@ -287,25 +315,20 @@ class LocalEngine:
             top_p=1.0,
             top_k=50,
             repetition_penalty=1.0,
-            max_new_tokens=min(run.sampling.max_new_tokens, loaded.n_context - len(prompt_ids)),
+            max_new_tokens=self._n_max_tokens(run),
             prefill_chunk_size=PREFILL_CHUNK_TOKENS,
             eos_token_id=eos_ids or None,
             pad_token_id=eos_ids[0] if tokenizer.pad_token_id is None and eos_ids else tokenizer.pad_token_id,
         )
-        try:
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=config,
-                past_key_values=cache,
-                logits_processor=build_processors(run.sampling, generation.seed, ids.device, run.recorder),
-                streamer=run,
-                custom_generate=functools.partial(decode_loop, streamer=run),
-            )
-        except (GenerationCancelled, StopStringMet):
-            self._keep(run, cache)
-            raise
-        self._keep(run, cache)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            past_key_values=run.cache,
+            logits_processor=run.processors,
+            streamer=run,
+            custom_generate=functools.partial(decode_loop, streamer=run),
+        )
 
     def _keep(self, run: Run, cache: Cache) -> None:
         generation = run.generation

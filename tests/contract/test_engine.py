@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from streaming.engine.base import Generation, GenerationRequest
+from streaming.engine.batched import BatchedEngine
 from streaming.engine.local import PREFILL_CHUNK_TOKENS, LocalEngine
 from streaming.errors import EngineBusy, EngineClosed, InvalidRequest, PromptTooLong, StreamTimeout
 from streaming.events import FinishEvent, TokenEvent
@@ -18,13 +19,15 @@ WAIT_S = 30
 EOS = 258
 
 
-@pytest.fixture
-def serve():
-    """Start engines on models, and close them at the end."""
+@pytest.fixture(params=[LocalEngine, BatchedEngine], ids=lambda kind: kind.kind)
+def serve(request):
+    """Start engines of each kind on models, and close them at the end."""
     engines = []
 
-    def start(model, n_context=N_CONTEXT, **options) -> LocalEngine:
-        engine = LocalEngine(lambda progress: loaded(model, n_context=n_context), **options)
+    def start(model, n_context=N_CONTEXT, one_seat=False, **options) -> LocalEngine:
+        if one_seat and request.param is BatchedEngine:
+            options["n_seats"] = 1
+        engine = request.param(lambda progress: loaded(model, n_context=n_context), **options)
         engines.append(engine)
         return engine
 
@@ -233,7 +236,7 @@ class TestQueue:
             started.set()
             assert hold.wait(WAIT_S)
 
-        engine = serve(scripted("abc", {0: wait}))
+        engine = serve(scripted("abc", {0: wait}), one_seat=True)
         runs = [say(engine) for _ in range(3)]
         assert started.wait(WAIT_S)
         assert [(run.progress.state, run.progress.n_ahead) for run in runs] == [
@@ -254,7 +257,7 @@ class TestQueue:
             started.set()
             assert hold.acquire(timeout=WAIT_S)
 
-        engine = serve(scripted("a", {0: wait}))
+        engine = serve(scripted("a", {0: wait}), one_seat=True)
         first = say(engine, owner="ann")
         assert started.wait(WAIT_S)
         runs = [say(engine, owner=owner) for owner in ("ann", "ann", "bob")]

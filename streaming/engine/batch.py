@@ -21,7 +21,8 @@ End = Callable[[Run, BaseException | None], None]
 class Batch(Protocol):
     """Serves several runs. Used by the worker alone, but for what a run's log does by itself."""
 
-    detail: str
+    reads_caches: bool
+    """Whether a run that joins must have a cache, which it goes on with."""
 
     @property
     def n_runs(self) -> int:
@@ -89,7 +90,7 @@ class StepBatch:
     but the step. `is_over` says whether a run has written its last token.
     """
 
-    detail = ""
+    reads_caches = True
 
     def __init__(self, step: Step, is_over: Callable[[Run], bool], end: End, *, one_by_one: bool) -> None:
         self._step = step
@@ -180,7 +181,6 @@ class StepBatch:
 
 def choose_token(run: Run, ids: Iterable[int], logits: torch.Tensor) -> int:
     """Draw the token after `ids` from logits `(1, vocab)`, as the run's settings and seed say."""
-    assert run.processors is not None
     scores: torch.Tensor = run.processors(torch.tensor([list(ids)], device=logits.device), logits)  # type: ignore[arg-type]
     if scores.is_cpu:
         return int(scores.numpy().argmax())  # torch.argmax takes 0.1 ms over 49,152 scores, NumPy 6 µs

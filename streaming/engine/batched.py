@@ -6,6 +6,7 @@ from typing import Any
 from streaming.engine.batch import Batch, ForwardStep, Step, StepBatch
 from streaming.engine.decode_loop import compiled_step
 from streaming.engine.local import LocalEngine
+from streaming.engine.managed import try_manager
 from streaming.engine.run import GiveWay, Run
 from streaming.models.loading import LoadedModel
 
@@ -39,7 +40,16 @@ class BatchedEngine(LocalEngine):
         step = compiled_step(loaded.model)
         if isinstance(step, Step):
             return StepBatch(step, self._is_over, self._end, one_by_one=False)
+        batch = try_manager(loaded.model, loaded.n_context, self.n_seats, self._is_over, self._end)
+        if batch is not None:
+            return batch
+        self._detail = "This model cannot be batched: requests take turns, a token each."
+        logger.warning(self._detail)
         return StepBatch(ForwardStep(loaded.model), self._is_over, self._end, one_by_one=True)
+
+    def _let_go(self) -> None:
+        if self._batch is not None:
+            self._batch.close()
 
     def _show_places(self) -> None:
         super()._show_places()
@@ -57,7 +67,9 @@ class BatchedEngine(LocalEngine):
         except GiveWay:
             self._leave_alone()
             self._serve_together(run, self._batch, loaded)
-        else:
+        except BaseException as error:
+            self._end(run, error)
+        finally:
             self._leave_alone()
 
     def _leave_alone(self) -> None:
@@ -70,7 +82,8 @@ class BatchedEngine(LocalEngine):
         self._join(first, batch)
         while batch.n_runs:
             while (newcomer := self._next_seated()) is not None:
-                self._prepare(newcomer, loaded)
+                if batch.reads_caches:
+                    self._open_cache(newcomer, loaded)
                 self._join(newcomer, batch)
             batch.advance()
 

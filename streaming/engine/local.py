@@ -17,7 +17,6 @@ from streaming.engine.decode_loop import decode_loop
 from streaming.engine.prefix_cache import PrefixCache
 from streaming.engine.queue import FairQueue
 from streaming.engine.run import GiveWay, Run, StopStringMet, build_run
-from streaming.engine.sampling import build_processors
 from streaming.errors import EngineClosed, GenerationCancelled, ModelUnavailable, StreamTimeout
 from streaming.events import FinishReason
 from streaming.models.loading import LoadedModel, LoadProgress, load_model
@@ -106,6 +105,7 @@ class LocalEngine:
         self._queue: FairQueue[Run] = FairQueue(max_active, max_queued)
         self._reading: Run | None = None  # for which the model is called
         self._closing = False
+        self._detail = ""  # what is worth knowing of how requests are served
         self._worker = threading.Thread(target=self._work, name="brook-engine", daemon=True)
         self._worker.start()
 
@@ -160,7 +160,7 @@ class LocalEngine:
             return EngineStatus("failed", self.model_id, detail=str(self._load_error))
         if loaded is None:
             return EngineStatus("loading", self.model_id, detail="" if progress is None else str(progress))
-        return EngineStatus("ready", self.model_id, str(loaded.model.device), n_active, n_queued)
+        return EngineStatus("ready", self.model_id, str(loaded.model.device), n_active, n_queued, self._detail)
 
     def close(self) -> None:
         with self._changed:
@@ -223,10 +223,14 @@ class LocalEngine:
             self._ready.set()
         while (run := self._next_run()) is not None:
             self._serve(run, loaded)
+        self._let_go()
         self._loaded = None
 
     def _get_ready(self, loaded: LoadedModel) -> None:
         """Do in the worker what must be done before the first request."""
+
+    def _let_go(self) -> None:
+        """Do in the worker what must be done after the last request."""
 
     def _on_load_progress(self, progress: LoadProgress) -> None:
         self._load_progress = progress
@@ -290,20 +294,21 @@ class LocalEngine:
         assert self._loaded is not None
         return min(run.sampling.max_new_tokens, self._loaded.n_context - len(run.generation.prompt_ids))
 
-    def _prepare(self, run: Run, loaded: LoadedModel) -> None:
-        """Give a run the cache that it goes on with, and what draws its tokens."""
-        model, generation = loaded.model, run.generation
-        run.cache = self._prefixes.take(generation.request.owner, generation.prompt_ids)
-        if run.cache is None:
-            run.cache = DynamicCache(config=model.config)
-        run.n_reused_tokens = run.cache.get_seq_length()
-        run.processors = build_processors(run.sampling, generation.seed, model.device, run.recorder)
+    def _open_cache(self, run: Run, loaded: LoadedModel) -> Cache:
+        """Give a run the cache that it goes on with: of its owner's earlier requests, or a new one."""
+        generation = run.generation
+        cache = self._prefixes.take(generation.request.owner, generation.prompt_ids)
+        if cache is None:
+            cache = DynamicCache(config=loaded.model.config)
+        run.cache = cache
+        run.n_reused_tokens = cache.get_seq_length()
+        return cache
 
     def _generate(self, run: Run, loaded: LoadedModel) -> None:
         """Call `generate()`; the tokens arrive in the run's log, what was read stays in its cache."""
         model: Any = loaded.model
         tokenizer = loaded.tokenizer
-        self._prepare(run, loaded)
+        cache = self._open_cache(run, loaded)
         ids = torch.tensor([run.generation.prompt_ids], device=model.device)
         eos_ids = sorted(_eos_ids(model))
         config = GenerationConfig(
@@ -324,7 +329,7 @@ class LocalEngine:
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=config,
-            past_key_values=run.cache,
+            past_key_values=cache,
             logits_processor=run.processors,
             streamer=run,
             custom_generate=functools.partial(decode_loop, streamer=run),

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from streaming.chat import encode_chat, encode_text
 from streaming.detokenizer import Detokenizer
 from streaming.engine.base import Generation, GenerationRequest, Progress, SamplingDefaults
-from streaming.engine.sampling import LogprobRecorder
+from streaming.engine.sampling import LogprobRecorder, build_processors
 from streaming.errors import GenerationCancelled, InvalidRequest, PromptTooLong
 from streaming.events import FinishReason
 from streaming.log import EventLog
@@ -33,10 +33,11 @@ class Run(BaseStreamer):
     """The streamer that `generate()` writes to for one request, and its Generation.
 
     The worker writes the end of the log itself, once `generate()` has let go of the model, however it did. `cache`
-    is what the model has read for the run, and `processors` draw its tokens; the worker sets both.
+    is what the model has read for the run, which the worker sets; `processors` draw its tokens.
     """
 
     generation: Generation
+    processors: LogitsProcessorList
 
     def __init__(
         self,
@@ -49,7 +50,6 @@ class Run(BaseStreamer):
         self.cancelled = False
         self.must_give_way = False
         self.cache: Cache | None = None
-        self.processors: LogitsProcessorList | None = None
         self._has_prompt = False
         self.sampling = sampling
         self.recorder = LogprobRecorder(tokenizer, request.logprobs) if request.logprobs else None
@@ -167,6 +167,7 @@ def build_run(
         prefix_text=prefix_text,
         n_dropped_messages=n_dropped,
     )
+    run.processors = build_processors(sampling, run.generation.seed, loaded.model.device, run.recorder)
     return run
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import platformdirs
 
-ENGINES = ("local",)
+ENGINES = ("auto", "local", "batched")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "int4")
 
@@ -30,7 +30,7 @@ class Settings:
     """
 
     model: str | None = None
-    engine: str = "local"
+    engine: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "auto"
@@ -89,7 +89,8 @@ class _Parser(argparse.ArgumentParser):
         self._flags = [
             self.add_argument("--model", metavar="ID_OR_PATH", action=_Once, type=_text,
                 help="hub id, folder or .gguf file (default: SmolLM2-135M-Instruct)"),
-            self.add_argument("--engine", choices=ENGINES, help="what runs the model (default: local)"),
+            self.add_argument("--engine", choices=ENGINES,
+                help="local serves one request at a time, batched many at once (default: auto, which is batched)"),
             self.add_argument("--device", type=device_name,
                 help="auto, cpu, mps, cuda or cuda:N (default: auto, the fastest there is)"),
             self.add_argument("--dtype", choices=DTYPES,

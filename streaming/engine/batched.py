@@ -6,7 +6,6 @@ from typing import Any
 from streaming.engine.batch import Batch, ForwardStep, Step, StepBatch
 from streaming.engine.decode_loop import compiled_step
 from streaming.engine.local import LocalEngine
-from streaming.engine.managed import try_manager
 from streaming.engine.run import GiveWay, Run
 from streaming.models.loading import LoadedModel
 
@@ -40,6 +39,8 @@ class BatchedEngine(LocalEngine):
         step = compiled_step(loaded.model)
         if isinstance(step, Step):
             return StepBatch(step, self._is_over, self._end, one_by_one=False)
+        from streaming.engine.managed import try_manager  # a part of transformers that most starts do not need
+
         batch = try_manager(loaded.model, loaded.n_context, self.n_seats, self._is_over, self._end)
         if batch is not None:
             return batch

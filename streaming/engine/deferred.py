@@ -24,6 +24,7 @@ def defer_engine(settings: Settings) -> "DeferredEngine":
 
         return load_engine(
             settings.model,
+            engine=settings.engine,
             wait=False,
             device=settings.device,
             dtype=settings.dtype,
@@ -35,7 +36,9 @@ def defer_engine(settings: Settings) -> "DeferredEngine":
             max_queued=settings.max_queued,
         )
 
-    return DeferredEngine(make, settings.engine, settings.model or DEFAULT_MODEL.model_id)
+    return DeferredEngine(
+        make, "batched" if settings.engine == "auto" else settings.engine, settings.model or DEFAULT_MODEL.model_id
+    )
 
 
 class DeferredEngine:

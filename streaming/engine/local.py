@@ -39,6 +39,7 @@ Load = Callable[[Callable[[LoadProgress], None]], LoadedModel]
 def load_engine(
     model: str | None = None,
     *,
+    engine: str = "local",
     wait: bool = True,
     max_cache_bytes: int | None = None,
     max_active: int = 0,
@@ -47,14 +48,17 @@ def load_engine(
 ) -> "LocalEngine":
     """Load a model and serve requests with it; None is the default model.
 
-    With `wait=False` the model loads in the background while requests wait. `max_cache_bytes` bounds what is kept of
+    The engine "local" serves one request at a time, "batched" (and "auto") many at once: see BatchedEngine. With
+    `wait=False` the model loads in the background while requests wait. `max_cache_bytes` bounds what is kept of
     earlier requests, `max_active` and `max_queued` how many there may be (see LocalEngine); `options` are
     `load_model`'s.
 
     Raises:
         ModelUnavailable: the model cannot be loaded (with `wait`; else `wait_ready()` and `submit()` raise it).
     """
-    engine = LocalEngine(
+    from streaming.engine.batched import BatchedEngine  # which is a LocalEngine
+
+    started = (LocalEngine if engine == "local" else BatchedEngine)(
         lambda progress: load_model(model, progress=progress, **options),
         model or "",
         max_cache_bytes=max_cache_bytes,
@@ -63,11 +67,11 @@ def load_engine(
     )
     if wait:
         try:
-            engine.wait_ready(READY_TIMEOUT_S)
+            started.wait_ready(READY_TIMEOUT_S)
         except ModelUnavailable:
-            engine.close()
+            started.close()
             raise
-    return engine
+    return started
 
 
 class LocalEngine:
@@ -103,7 +107,7 @@ class LocalEngine:
         self._encoding = threading.Lock()  # encoding changes a tokenizer's settings: one at a time
         self._changed = threading.Condition()
         self._queue: FairQueue[Run] = FairQueue(max_active, max_queued)
-        self._reading: Run | None = None  # for which the model is called
+        self._active: Run | None = None  # for which the model is called
         self._closing = False
         self._detail = ""  # what is worth knowing of how requests are served
         self._worker = threading.Thread(target=self._work, name="brook-engine", daemon=True)
@@ -249,7 +253,7 @@ class LocalEngine:
         return run
 
     def _serve(self, run: Run, loaded: LoadedModel) -> None:
-        self._reading = run
+        self._active = run
         try:
             self._generate(run, loaded)
         except GiveWay:
@@ -259,7 +263,7 @@ class LocalEngine:
         else:
             self._end(run)
         finally:
-            self._reading = None
+            self._active = None
 
     def _end(self, run: Run, error: BaseException | None = None) -> None:
         """Keep what was read, free the run's seat, then tell its readers how it ended: by itself, or by `error`."""
@@ -340,9 +344,9 @@ class LocalEngine:
         self._prefixes.keep(generation.request.owner, [*generation.prompt_ids, *run.token_ids], cache)
 
     def _before_forward(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._reading is not None:
+        if self._active is not None:
             ids = kwargs.get("input_ids", args[0] if args else None)
-            self._reading.before_forward(0 if ids is None else ids.shape[-1])
+            self._active.before_forward(0 if ids is None else ids.shape[-1])
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

@@ -150,7 +150,11 @@ def test_a_wrong_value_is_one_sentence(capsys, arguments, says):
 
 
 def test_a_value_out_of_a_choice_names_the_choices(capsys):
-    for flag, choices in {"--engine": ["local"], "--dtype": ["float32", "bfloat16"], "--quantize": ["none"]}.items():
+    for flag, choices in {
+        "--engine": ["auto", "local", "batched"],
+        "--dtype": ["float32", "bfloat16"],
+        "--quantize": ["none"],
+    }.items():
         said = refusal(capsys, flag, "magic")
         assert said.startswith(flag)
         assert all(choice in said for choice in choices)

@@ -200,7 +200,7 @@ class TestCancel:
 
     def test_while_queued_it_leaves_at_once(self, serve):
         hold = threading.Event()
-        engine = serve(scripted("abc", {1: lambda: hold.wait(WAIT_S)}))
+        engine = serve(scripted("abc", {1: lambda: hold.wait(WAIT_S)}), one_seat=True)
         first, second, third = (say(engine) for _ in range(3))
         second.cancel()
         assert second.result(timeout=0).finish.reason == "cancelled"

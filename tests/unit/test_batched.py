@@ -1,6 +1,5 @@
 """Runs that share a model's steps: each says what it says alone, whatever the others do."""
 
-import copy
 import functools
 import threading
 
@@ -27,7 +26,7 @@ def packed():
 
 def eager_llama():
     """Continuous batching is not for this one."""
-    model = copy.deepcopy(tiny_llama())
+    model = tiny_llama()
     model.set_attn_implementation("eager")
     return model
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import platformdirs
 
-ENGINES = ("local", "remote")
+ENGINES = ("auto", "local", "batched", "remote")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "int4")
 SHARED_GRACE_S = 15.0
@@ -41,13 +41,15 @@ class Settings:
     models: tuple[str, ...] = ()
     model_memory: int | None = None
     trust_remote_code: bool = False
-    engine: str = "local"
+    engine: str = "auto"
     base_url: str | None = None
     api_key_env: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "auto"
     cache_memory: int | None = None
+    max_active: int = 16
+    max_queued: int = 128
     host: str = "127.0.0.1"
     port: int = 7860
     share: bool = False
@@ -123,7 +125,9 @@ class _Parser(argparse.ArgumentParser):
                 help="memory for all loaded models; the one used longest ago leaves (default: what is free)"),
             self.add_argument("--trust-remote-code", action="store_true",
                 help="let code run that comes with a model (default: off)"),
-            self.add_argument("--engine", choices=ENGINES, help="what runs the model (default: local)"),
+            self.add_argument("--engine", choices=ENGINES,
+                help="local serves one request at a time, batched many at once (default: auto, which is batched), "
+                "remote asks another machine's server"),
             self.add_argument("--base-url", metavar="URL", type=_url,
                 help="where the remote engine's server has OpenAI's API (default: none)"),
             self.add_argument("--api-key-env", metavar="NAME", type=_text,
@@ -136,6 +140,10 @@ class _Parser(argparse.ArgumentParser):
                 help="how weights are packed (default: auto, what suits model and device)"),
             self.add_argument("--cache-memory", metavar="MB", type=_megabytes,
                 help="memory for what was read before, 0 for none (default: a quarter of the free, at most 2048)"),
+            self.add_argument("--max-active", metavar="N", type=_count,
+                help="requests of one person at a time, waiting or running, 0 for any number (default: 16)"),
+            self.add_argument("--max-queued", metavar="N", type=_count,
+                help="requests of all people that may wait, 0 for any number (default: 128)"),
             self.add_argument("--host", type=_text,
                 help=f"address to listen on, 0.0.0.0 for all (default: {host})"),
             self.add_argument("--port", type=_port,
@@ -223,6 +231,12 @@ def _seconds(value: str) -> float:
     if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]+)?", value):
         raise argparse.ArgumentTypeError(f"must be a number of seconds, not {value!r}")
     return float(value)
+
+
+def _count(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or int(value) > 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {value!r}")
+    return int(value)
 
 
 def _user_and_password(value: str) -> tuple[str, str]:

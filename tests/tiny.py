@@ -1,5 +1,6 @@
 """A tiny random Llama, a model that follows a script, and a byte-level tokenizer, made in memory in milliseconds."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 
@@ -65,7 +66,8 @@ def _tiny_weights(seed: int) -> LlamaForCausalLM:
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
     """A random Llama in fp32 with 2 layers; its greedy output never meets an end token by luck of the seed."""
-    model = LlamaForCausalLM(_tiny_weights(seed).config)
+    # A config of its own: transformers notes `is_causal` in it while it runs a batch (utils.generic, 5.23).
+    model = LlamaForCausalLM(copy.deepcopy(_tiny_weights(seed).config))
     model.load_state_dict(_tiny_weights(seed).state_dict())
     return model.eval()
 

@@ -35,7 +35,7 @@ def decode_loop(
     Whatever the streamer, a processor or a criterion raises goes through to the caller of generate(); the cache then
     holds every token that the model has read.
     """
-    step = _compiled_step(model)
+    step = compiled_step(model)
     if step is None or not _is_plain(input_ids, generation_config, model_kwargs):
         stock_loop: Any = GenerationMixin._sample
         generated: torch.Tensor = stock_loop(
@@ -61,7 +61,7 @@ def decode_loop(
     return input_ids.to(device)
 
 
-def _compiled_step(model: Any) -> Any:
+def compiled_step(model: Any) -> Any:
     """Return the model's GraphStep or LlamaStep, or None.
 
     Only packed weights have a LlamaStep, and its kernels take a second to import.

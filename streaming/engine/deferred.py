@@ -26,6 +26,11 @@ def name_of(settings: Settings, model: str | None) -> str:
     return model or settings.server or DEFAULT_MODEL.model_id
 
 
+def kind_of(settings: Settings) -> str:
+    """Give the kind of engine that the settings ask for."""
+    return "batched" if settings.engine == "auto" else settings.engine
+
+
 def defer_engine(settings: Settings, model: str | None, make_room: MakeRoom) -> "DeferredEngine":
     """Give the engine that the settings ask for, for a model of theirs (None: the default one), not yet started."""
 
@@ -38,6 +43,7 @@ def defer_engine(settings: Settings, model: str | None, make_room: MakeRoom) -> 
 
         return load_engine(
             model,
+            engine=settings.engine,
             wait=False,
             device=settings.device,
             dtype=settings.dtype,
@@ -47,9 +53,11 @@ def defer_engine(settings: Settings, model: str | None, make_room: MakeRoom) -> 
             trust_remote_code=settings.trust_remote_code,
             make_room=make_room,
             max_cache_bytes=None if settings.cache_memory is None else settings.cache_memory * 10**6,
+            max_active=settings.max_active,
+            max_queued=settings.max_queued,
         )
 
-    return DeferredEngine(make, settings.engine, name_of(settings, model))
+    return DeferredEngine(make, kind_of(settings), name_of(settings, model))
 
 
 class DeferredEngine:

@@ -5,7 +5,6 @@ import functools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,8 @@ from transformers import Cache, DynamicCache, GenerationConfig
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
 from streaming.engine.decode_loop import decode_loop
 from streaming.engine.prefix_cache import PrefixCache
-from streaming.engine.run import Run, StopStringMet, build_run
-from streaming.engine.sampling import build_processors
+from streaming.engine.queue import FairQueue
+from streaming.engine.run import GiveWay, Run, StopStringMet, build_run
 from streaming.errors import EngineClosed, GenerationCancelled, ModelUnavailable, StreamTimeout
 from streaming.events import FinishReason
 from streaming.models.loading import LoadedModel, LoadProgress, load_model
@@ -38,41 +37,64 @@ Load = Callable[[Callable[[LoadProgress], None]], LoadedModel]
 
 
 def load_engine(
-    model: str | None = None, *, wait: bool = True, max_cache_bytes: int | None = None, **options: Any
+    model: str | None = None,
+    *,
+    engine: str = "local",
+    wait: bool = True,
+    max_cache_bytes: int | None = None,
+    max_active: int = 0,
+    max_queued: int = 0,
+    **options: Any,
 ) -> "LocalEngine":
     """Load a model and serve requests with it; None is the default model.
 
-    With `wait=False` the model loads in the background while requests wait. `max_cache_bytes` bounds what is kept of
-    earlier requests (see LocalEngine); `options` are `load_model`'s.
+    The engine "local" serves one request at a time, "batched" (and "auto") many at once: see BatchedEngine. With
+    `wait=False` the model loads in the background while requests wait. `max_cache_bytes` bounds what is kept of
+    earlier requests, `max_active` and `max_queued` how many there may be (see LocalEngine); `options` are
+    `load_model`'s.
 
     Raises:
         ModelUnavailable: the model cannot be loaded (with `wait`; else `wait_ready()` and `submit()` raise it).
     """
-    engine = LocalEngine(
+    from streaming.engine.batched import BatchedEngine  # which is a LocalEngine
+
+    started = (LocalEngine if engine == "local" else BatchedEngine)(
         lambda progress: load_model(model, progress=progress, **options),
         model or "",
         max_cache_bytes=max_cache_bytes,
+        max_active=max_active,
+        max_queued=max_queued,
     )
     if wait:
         try:
-            engine.wait_ready(READY_TIMEOUT_S)
+            started.wait_ready(READY_TIMEOUT_S)
         except ModelUnavailable:
-            engine.close()
+            started.close()
             raise
-    return engine
+    return started
 
 
 class LocalEngine:
-    """Serve requests with a model in this process, in the order they came.
+    """Serve requests with a model in this process, one at a time; people take turns.
 
     `load` is called once, in the worker thread, with a callback for its progress; requests wait for it. Thread rules:
     every public method may be called from any thread; only the worker touches the model. What was read is kept within
-    `max_cache_bytes` (None: a quarter of the free memory, at most MAX_CACHE_BYTES; 0: nothing).
+    `max_cache_bytes` (None: a quarter of the free memory, at most MAX_CACHE_BYTES; 0: nothing). `max_active` and
+    `max_queued` are FairQueue's limits; a person is a request's `owner`.
     """
 
     kind = "local"
+    n_seats = 1  # how many runs are served at a time
 
-    def __init__(self, load: Load, model_id: str = "", *, max_cache_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        load: Load,
+        model_id: str = "",
+        *,
+        max_cache_bytes: int | None = None,
+        max_active: int = 0,
+        max_queued: int = 0,
+    ) -> None:
         self._load = load
         self._prefixes = PrefixCache(
             _default(max_cache_bytes, min(psutil.virtual_memory().available // 4, MAX_CACHE_BYTES))
@@ -84,9 +106,10 @@ class LocalEngine:
         self._ready = threading.Event()
         self._encoding = threading.Lock()  # encoding changes a tokenizer's settings: one at a time
         self._changed = threading.Condition()
-        self._queue: deque[Run] = deque()
-        self._active: Run | None = None
+        self._queue: FairQueue[Run] = FairQueue(max_active, max_queued)
+        self._active: Run | None = None  # for which the model is called
         self._closing = False
+        self._detail = ""  # what is worth knowing of how requests are served
         self._worker = threading.Thread(target=self._work, name="brook-engine", daemon=True)
         self._worker.start()
 
@@ -119,7 +142,7 @@ class LocalEngine:
             run = build_run(request, self.defaults, loaded, self._cancel)
         with self._changed:
             self._refuse_if_closing()
-            self._queue.append(run)
+            self._queue.add(run, request.owner)
             self._show_places()
             self._changed.notify_all()
         return run.generation
@@ -133,7 +156,7 @@ class LocalEngine:
     def status(self) -> EngineStatus:
         loaded, progress = self._loaded, self._load_progress
         with self._changed:
-            n_active, n_queued = int(self._active is not None), len(self._queue)
+            n_active, n_queued = len(self._queue.served), self._queue.n_waiting
             closing = self._closing
         if closing:
             return EngineStatus("closed", self.model_id)
@@ -149,15 +172,16 @@ class LocalEngine:
             str(loaded.model.device),
             n_active,
             n_queued,
+            self._detail,
             n_cache_bytes=self._prefixes.n_bytes,
         )
 
     def close(self) -> None:
         with self._changed:
             self._closing = True
-            if self._active is not None:
-                self._active.cancel()
-            queued, self._queue = list(self._queue), deque()
+            for run in self._queue.served:
+                run.cancel()
+            queued = self._queue.clear()
             self._changed.notify_all()
         for run in queued:
             run.finish("cancelled")
@@ -169,20 +193,22 @@ class LocalEngine:
 
     def _cancel(self, generation: Generation) -> None:
         with self._changed:
-            run = next((run for run in self._queue if run.generation is generation), None)
-            if run is not None:
-                self._queue.remove(run)
-                self._show_places()
-            elif self._active is not None and self._active.generation is generation:
-                self._active.cancel()
-        if run is not None:
-            run.finish("cancelled")
+            runs = [*self._queue, *self._queue.served]
+            run = next((run for run in runs if run.generation is generation), None)
+            if run is None:
+                return
+            run.cancel()
+            if not self._queue.remove(run):
+                return
+            self._show_places()
+        run.queued_s = time.perf_counter() - run.submitted_at
+        run.finish("cancelled")
 
     def _show_places(self) -> None:
-        """Tell the queued runs how many are before them; the lock is held."""
-        n_before = int(self._active is not None)
+        """Tell the waiting runs how many must end before each begins; the lock is held."""
+        n_before = len(self._queue.served) + 1 - self.n_seats
         for place, run in enumerate(self._queue):
-            run.show(dataclasses.replace(run.generation.progress, n_ahead=n_before + place))
+            run.show(dataclasses.replace(run.generation.progress, n_ahead=max(0, n_before + place)))
 
     def _require_loaded(self) -> LoadedModel:
         ready = self.wait_ready(READY_TIMEOUT_S)
@@ -200,6 +226,8 @@ class LocalEngine:
     def _work(self) -> None:
         try:
             self._loaded = loaded = self._load(self._on_load_progress)
+            loaded.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self._get_ready(loaded)
         except Exception as error:
             if not isinstance(error, ModelUnavailable):
                 logger.exception("The model could not be loaded")
@@ -207,55 +235,95 @@ class LocalEngine:
             return
         finally:
             self._ready.set()
-        loaded.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         while (run := self._next_run()) is not None:
             self._serve(run, loaded)
-            with self._changed:
-                self._active = None
-                self._show_places()
+        self._let_go()
         self._loaded = None
+
+    def _get_ready(self, loaded: LoadedModel) -> None:
+        """Do in the worker what must be done before the first request."""
+
+    def _let_go(self) -> None:
+        """Do in the worker what must be done after the last request."""
 
     def _on_load_progress(self, progress: LoadProgress) -> None:
         self._load_progress = progress
 
     def _next_run(self) -> Run | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closing)
-            if self._closing:
-                return None
-            self._active = self._queue.popleft()
+            self._changed.wait_for(lambda: self._queue.n_waiting or self._closing)
+            return self._take()
+
+    def _take(self) -> Run | None:
+        """Begin to serve the next run; the lock is held."""
+        run = None if self._closing else self._queue.take()
+        if run is not None:
+            run.queued_s = time.perf_counter() - run.submitted_at
             self._show_places()
-            return self._active
+        return run
 
     def _serve(self, run: Run, loaded: LoadedModel) -> None:
-        run.queued_s = time.perf_counter() - run.submitted_at
+        self._active = run
+        try:
+            self._generate(run, loaded)
+        except GiveWay:
+            raise
+        except BaseException as error:
+            self._end(run, error)
+        else:
+            self._end(run)
+        finally:
+            self._active = None
+
+    def _end(self, run: Run, error: BaseException | None = None) -> None:
+        """Keep what was read, free the run's seat, then tell its readers how it ended: by itself, or by `error`."""
         reason: FinishReason = "error"
         message: str | None = "The model stopped without saying why; try again."
         try:
-            self._generate(run, loaded)
-            reason, message = ("stop" if run.row.last_id in _eos_ids(loaded.model) else "length"), None
-        except StopStringMet:
-            reason, message = "stop", None
-        except GenerationCancelled:
-            reason, message = "cancelled", None
-        except BaseException as error:
-            logger.exception("generate() failed after %d tokens", run.row.n_tokens)
-            message = _explain(error)
+            if error is None:
+                reason, message = ("stop" if self._is_eos(run) else "length"), None
+            elif isinstance(error, StopStringMet):
+                reason, message = "stop", None
+            elif isinstance(error, GenerationCancelled):
+                reason, message = "cancelled", None
+            else:
+                logger.error("Generation failed after %d tokens", run.row.n_tokens, exc_info=error)
+                message = _explain(error)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            if reason != "error" and run.cache is not None:
+                self._keep(run, run.cache)
         finally:
-            if torch.cuda.is_available() and reason == "error":
-                torch.cuda.empty_cache()
+            run.cache = None
+            with self._changed:
+                self._queue.release(run)
+                self._show_places()
             run.finish(reason, message)
 
-    def _generate(self, run: Run, loaded: LoadedModel) -> None:
-        """Call `generate()`; the tokens arrive in the run's log, what was read stays for the owner's next request."""
-        model: Any = loaded.model
-        tokenizer, generation = loaded.tokenizer, run.generation
-        prompt_ids = generation.prompt_ids
-        cache = self._prefixes.take(generation.request.owner, prompt_ids)
+    def _is_eos(self, run: Run) -> bool:
+        return self._loaded is not None and run.row.last_id in _eos_ids(self._loaded.model)
+
+    def _n_max_tokens(self, run: Run) -> int:
+        """How many tokens the run may write: what was asked for, within the model's context."""
+        assert self._loaded is not None
+        return min(run.sampling.max_new_tokens, self._loaded.n_context - len(run.generation.prompt_ids))
+
+    def _open_cache(self, run: Run, loaded: LoadedModel) -> Cache:
+        """Give a run the cache that it goes on with: of its owner's earlier requests, or a new one."""
+        generation = run.generation
+        cache = self._prefixes.take(generation.request.owner, generation.prompt_ids)
         if cache is None:
-            cache = DynamicCache(config=model.config)
+            cache = DynamicCache(config=loaded.model.config)
+        run.cache = cache
         run.n_reused_tokens = cache.get_seq_length()
-        ids = torch.tensor([prompt_ids], device=model.device)
+        return cache
+
+    def _generate(self, run: Run, loaded: LoadedModel) -> None:
+        """Call `generate()`; the tokens arrive in the run's log, what was read stays in its cache."""
+        model: Any = loaded.model
+        tokenizer = loaded.tokenizer
+        cache = self._open_cache(run, loaded)
+        ids = torch.tensor([run.generation.prompt_ids], device=model.device)
         eos_ids = sorted(_eos_ids(model))
         config = GenerationConfig(
             # Whatever the processors do is switched off here: generate() fills what is left open from the model's own
@@ -266,31 +334,20 @@ class LocalEngine:
             top_p=1.0,
             top_k=50,
             repetition_penalty=1.0,
-            max_new_tokens=min(run.sampling.max_new_tokens, loaded.n_context - len(prompt_ids)),
+            max_new_tokens=self._n_max_tokens(run),
             prefill_chunk_size=PREFILL_CHUNK_TOKENS,
             eos_token_id=eos_ids or None,
             pad_token_id=eos_ids[0] if tokenizer.pad_token_id is None and eos_ids else tokenizer.pad_token_id,
         )
-        try:
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=config,
-                past_key_values=cache,
-                logits_processor=build_processors(
-                    run.sampling,
-                    generation.seed,
-                    ids.device,
-                    run.recorder,
-                    n_prompt=len(prompt_ids) - len(generation.request.prefix_ids),
-                ),
-                streamer=run,
-                custom_generate=functools.partial(decode_loop, streamer=run),
-            )
-        except (GenerationCancelled, StopStringMet):
-            self._keep(run, cache)
-            raise
-        self._keep(run, cache)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            past_key_values=cache,
+            logits_processor=run.processors,
+            streamer=run,
+            custom_generate=functools.partial(decode_loop, streamer=run),
+        )
 
     def _keep(self, run: Run, cache: Cache) -> None:
         generation = run.generation

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from streaming.engine.base import Engine, EngineStatus, Generation, GenerationRequest, SamplingDefaults
-from streaming.engine.deferred import MakeRoom, defer_engine, name_of
+from streaming.engine.deferred import MakeRoom, defer_engine, kind_of, name_of
 from streaming.errors import EngineClosed, ModelNotFound, ModelTooLarge
 from streaming.models.embedded import DEFAULT_MODEL
 from streaming.settings import Settings
@@ -28,7 +28,7 @@ def load_menu(settings: Settings) -> "ModelMenu":
         make,
         settings.models or (None,),
         default_name=name_of(settings, None),
-        kind=settings.engine,
+        kind=kind_of(settings),
         max_bytes=None if settings.model_memory is None else settings.model_memory * 10**6,
         is_open=not settings.is_shared,
     )

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import Cache, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from streaming.chat import encode_chat, encode_text
 from streaming.detokenizer import Detokenizer
 from streaming.engine.base import Generation, GenerationRequest, Progress, SamplingDefaults
-from streaming.engine.sampling import LogprobRecorder
+from streaming.engine.sampling import LogprobRecorder, build_processors
 from streaming.errors import GenerationCancelled, InvalidRequest, PromptTooLong
 from streaming.events import FinishReason
 from streaming.log import EventLog
@@ -24,13 +25,19 @@ class StopStringMet(Exception):
     """Raised inside `generate()` where the text has met a stop string."""
 
 
+class GiveWay(Exception):
+    """Raised inside `generate()` where others wait and the run can go on beside them."""
+
+
 class Run(BaseStreamer):
     """The streamer that `generate()` writes to for one request, and its Generation.
 
-    The worker writes the end of the log itself, once `generate()` has let go of the model, however it did.
+    The worker writes the end of the log itself, once `generate()` has let go of the model, however it did. `cache`
+    is what the model has read for the run, which the worker sets; `processors` draw its tokens.
     """
 
     generation: Generation
+    processors: LogitsProcessorList
 
     def __init__(
         self,
@@ -41,6 +48,8 @@ class Run(BaseStreamer):
     ) -> None:
         self.log = EventLog()
         self.cancelled = False
+        self.must_give_way = False
+        self.cache: Cache | None = None
         self._has_prompt = False
         self.sampling = sampling
         self.recorder = LogprobRecorder(tokenizer, request.logprobs) if request.logprobs else None
@@ -62,16 +71,25 @@ class Run(BaseStreamer):
         self.cancelled = True
 
     def put(self, value: torch.Tensor) -> None:
+        if self._has_prompt:
+            self.add(value.flatten().tolist())  # (1,), or (1, n) of assisted decoding
+        self._has_prompt = True
+        if self.must_give_way:
+            raise GiveWay
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """Write tokens into the log.
+
+        Raises:
+            GenerationCancelled, StopStringMet: generation ends here.
+        """
         if self.cancelled:
             raise GenerationCancelled("The generation was cancelled.")
-        if not self._has_prompt:
-            self._has_prompt = True
-            return
         if self.row.n_tokens == 0:
             self.generation.progress = dataclasses.replace(
                 self.generation.progress, state="writing", n_read=len(self.generation.prompt_ids)
             )
-        for token_id in value.flatten().tolist():  # (1,), or (1, n) of assisted decoding
+        for token_id in token_ids:
             self.row.put(token_id)
             self.token_ids.append(token_id)
         if self.row.stop_string is not None:
@@ -93,6 +111,8 @@ class Run(BaseStreamer):
             n_to_read = len(self.generation.prompt_ids)
             self.show(Progress("reading", min(self.n_reused_tokens + self._n_seen_tokens, n_to_read), n_to_read))
             self._n_seen_tokens += n_tokens
+        if self.must_give_way:
+            raise GiveWay
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """End the log."""
@@ -149,6 +169,9 @@ def build_run(
         cancel=cancel,
         prefix_text=prefix_text,
         n_dropped_messages=n_dropped,
+    )
+    run.processors = build_processors(
+        sampling, run.generation.seed, loaded.model.device, run.recorder, n_prompt=len(ids)
     )
     return run
 

@@ -82,7 +82,7 @@ def test_stop_while_queued_leaves_the_queue_at_once(open_page, held_engine):
     send(ada, "hold: ada first")
     assert held_engine.held.wait(20)
     send(bob, "say: never seen")
-    expect(bob.locator("#status-line")).to_contain_text("1 ahead", timeout=WAIT_MS)
+    expect(bob.locator("#status-line")).to_contain_text("1 ahead of you", timeout=WAIT_MS)
     bob.click("#stop")
     expect(bob.locator("#status-line")).to_contain_text("Stopped · 0 tokens", timeout=WAIT_MS)
     assert held_engine.status().n_queued == 0

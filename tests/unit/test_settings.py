@@ -37,7 +37,8 @@ def test_every_flag_is_read(tmp_path):
         "--model", "a/b", "--model", "c", "--model-memory", "900", "--trust-remote-code",
         "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
         "--quantize", "none",
-        "--cache-memory", "64", "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
+        "--cache-memory", "64", "--max-active", "2", "--max-queued", "0",
+        "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
         "--api-key", "sk-one-two", "--api-key", "sk-three-four", "--grace", "7.5",
         "--data-dir", str(tmp_path), "--offline",
     )  # fmt: skip
@@ -50,6 +51,8 @@ def test_every_flag_is_read(tmp_path):
         dtype="float32",
         quantize="none",
         cache_memory=64,
+        max_active=2,
+        max_queued=0,
         host="::1",
         port=0,
         share=True,
@@ -72,6 +75,8 @@ def test_every_flag_has_a_twin(tmp_path):
         "BROOK_DTYPE": "bfloat16",
         "BROOK_QUANTIZE": "none",
         "BROOK_CACHE_MEMORY": "64",
+        "BROOK_MAX_ACTIVE": "2",
+        "BROOK_MAX_QUEUED": "0",
         "BROOK_HOST": "0.0.0.0",
         "BROOK_PORT": "8000",
         "BROOK_SHARE": "1",
@@ -90,6 +95,8 @@ def test_every_flag_has_a_twin(tmp_path):
         dtype="bfloat16",
         quantize="none",
         cache_memory=64,
+        max_active=2,
+        max_queued=0,
         host="0.0.0.0",
         port=8000,
         share=True,
@@ -174,7 +181,11 @@ def test_a_wrong_value_is_one_sentence(capsys, arguments, says):
 
 
 def test_a_value_out_of_a_choice_names_the_choices(capsys):
-    for flag, choices in {"--engine": ["local"], "--dtype": ["float32", "bfloat16"], "--quantize": ["none"]}.items():
+    for flag, choices in {
+        "--engine": ["auto", "local", "batched"],
+        "--dtype": ["float32", "bfloat16"],
+        "--quantize": ["none"],
+    }.items():
         said = refusal(capsys, flag, "magic")
         assert said.startswith(flag)
         assert all(choice in said for choice in choices)
@@ -184,6 +195,7 @@ def test_a_value_out_of_a_choice_names_the_choices(capsys):
     ("twin", "value", "says"),
     [
         ("BROOK_PORT", "x", "BROOK_PORT: must be a number from 0 to 65535, not 'x'"),
+        ("BROOK_MAX_ACTIVE", "many", "BROOK_MAX_ACTIVE: must be a whole number, not 'many'"),
         ("BROOK_CACHE_MEMORY", "-1", "BROOK_CACHE_MEMORY: must be a whole number of megabytes, not '-1'"),
         ("BROOK_SHARE", "maybe", "BROOK_SHARE: must be 1 or 0, not 'maybe'"),
         ("BROOK_AUTH", "a:b,,c:d", "BROOK_AUTH: must be USER:PASSWORD, with neither of them empty"),

@@ -99,7 +99,7 @@ class TestWords:
     def test_every_state_has_its_words(self):
         assert describe_loading(EngineStatus("loading", "m")) == "Loading the model"
         assert describe_loading(EngineStatus("loading", "m", detail="Fetching · 4 %")) == "Fetching · 4 %"
-        assert describe_progress(Progress("waiting", n_ahead=2), 0, 0) == "Waiting · 2 ahead"
+        assert describe_progress(Progress("waiting", n_ahead=2), 0, 0) == "Waiting · 2 ahead of you"
         assert describe_progress(Progress("reading", 256, 1024), 0, 0) == "Reading the prompt · 25 %"
         assert describe_progress(Progress("writing"), 1, 0) == "Writing · 1 token"
         assert describe_progress(Progress("writing"), 11, 2.0) == "Writing · 11 tokens · 5.0 tokens/s"

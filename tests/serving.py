@@ -31,6 +31,7 @@ def serving(engine: Any, **options: Any) -> Iterator[str]:
     finally:
         app.close()
         runs.close()
+        runs.store.close()
 
 
 def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:

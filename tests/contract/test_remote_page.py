@@ -31,6 +31,7 @@ def tab(engine):
     runs = Runs(engine)
     yield Tab(runs)
     runs.close()
+    runs.store.close()
 
 
 def test_a_conversation_goes_on_without_token_ids(tab):

@@ -227,6 +227,28 @@ class TestTurns:
         asyncio.run(tab.ask("say: goes on"))
         assert tab.texts == ["say: goes on", "goes on"]
 
+    def test_a_full_queue_puts_everything_back(self):
+        engine = ScriptedEngine(max_active=1)
+        engine.wait_ready(30)
+        runs = Runs(engine)
+        first, second = Tab(runs), Tab(runs)  # one person, two tabs
+
+        async def refused():
+            await first.send("slow: " + "x" * 60)
+            async for frame in first.frames():
+                if frame["message"]["text"]:
+                    break
+            assert [frame for frame in await second.ask("say: typed with care") if frame["state"] == "writing"] == []
+
+        asyncio.run(refused())
+        runs.close()
+        runs.store.close()
+        engine.close()
+        assert second.composer == "say: typed with care"
+        assert second.live["state"] == "refused"
+        assert "as many requests on their way as one person may (1)" in second.live["status"]
+        assert second.texts == []
+
     def test_a_second_message_waits_for_the_first_to_end(self, tab):
         async def both():
             await tab.send("slow: the first")

@@ -6,8 +6,7 @@ from contextlib import closing
 from streaming.conversations.store import Store
 from streaming.engine.menu import load_menu
 from streaming.errors import BrookError
-from streaming.models.sources import find_model
-from streaming.server.address import require_free
+from streaming.server.preflight import check
 from streaming.server.runs import Runs
 from streaming.server.stopping import exit_on_sigterm
 from streaming.settings import load_settings
@@ -18,10 +17,8 @@ NO_SHARE = "No share link can be had (Gradio's relay is out of reach); the page 
 def main() -> int:
     """Serve a chat with a model until interrupted; give the exit code."""
     settings = load_settings()
-    try:  # what can be refused is refused before the seconds that the imports take
-        require_free(settings.host, settings.port)
-        for model in settings.models or (None,):
-            find_model(model, offline=settings.offline, cache_dir=settings.cache_dir).check()
+    try:
+        check(settings)
     except BrookError as error:
         return _refuse(error)
     menu = load_menu(settings)

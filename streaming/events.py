@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+NO_ID = -1
+"""The id of a token from a server that gives text alone."""
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -18,6 +21,7 @@ class TopToken:
 class TokenEvent(NamedTuple):
     """One generated token. (A tuple, because one is made for every token, and a frozen dataclass takes 2 µs to make.)
 
+    `id` is NO_ID where a remote server made the token; such a server may also send several tokens as one event.
     `text` is what the token adds to the text. It is empty while the bytes of a character are incomplete or
     while the text may be the beginning of a stop string; the texts of all events joined equal the full decode.
     `logprob` and `top` are natural logarithms under the model's own distribution, before sampling settings.

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import platformdirs
 
-ENGINES = ("local",)
+ENGINES = ("local", "remote")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "none", "int4")
 SHARED_GRACE_S = 15.0
@@ -30,6 +30,7 @@ class Settings:
     `models` are those that can be chosen on the page, the first one at the start; empty is the default model.
     `model_memory` and `cache_memory` count MB; None leaves them to what is free. `trust_remote_code` lets code run that
     comes with a model.
+    `base_url` is there with the remote engine alone; `api_key_env` names the variable that holds that server's key.
     `auth` holds (user, password) pairs, `api_key` the keys of the API; both stay out of the repr.
     `grace` counts the seconds that a reply goes on when nobody watches it.
     `data_dir` is for what cannot be had again, such as conversations, `cache_dir` for what can. `space` says that this
@@ -40,6 +41,8 @@ class Settings:
     model_memory: int | None = None
     trust_remote_code: bool = False
     engine: str = "local"
+    base_url: str | None = None
+    api_key_env: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "auto"
@@ -61,11 +64,6 @@ class Settings:
         return self.share or self.space
 
     @property
-    def model(self) -> str | None:
-        """The model at the start; None is the default one."""
-        return self.models[0] if self.models else None
-
-    @property
     def is_shared(self) -> bool:
         """Whether people on other machines can reach the app."""
         return self.is_public or self.host not in ("127.0.0.1", "localhost", "::1")
@@ -82,6 +80,7 @@ def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[s
     host = "0.0.0.0" if on_space else "127.0.0.1"
     parser = _Parser(host)
     options: dict[str, Any] = {"host": host, **parser.parse_with_twins(arguments, environment)}
+    parser.check_remote(options, environment)
     if "data_dir" in options:
         options["cache_dir"] = options["data_dir"] / "cache"
     elif on_space and os.access(SPACE_DISK, os.W_OK):
@@ -114,6 +113,10 @@ class _Parser(argparse.ArgumentParser):
             self.add_argument("--trust-remote-code", action="store_true",
                 help="let code run that comes with a model (default: off)"),
             self.add_argument("--engine", choices=ENGINES, help="what runs the model (default: local)"),
+            self.add_argument("--base-url", metavar="URL", type=_url,
+                help="where the remote engine's server has OpenAI's API (default: none)"),
+            self.add_argument("--api-key-env", metavar="NAME", type=_text,
+                help="variable that holds that server's key (default: no key)"),
             self.add_argument("--device", type=device_name,
                 help="auto, cpu, mps, cuda or cuda:N (default: auto, the fastest there is)"),
             self.add_argument("--dtype", choices=DTYPES,
@@ -150,6 +153,17 @@ class _Parser(argparse.ArgumentParser):
                 options |= vars(self.parse_args(self._spell_out(flag, name, value)))
         return options
 
+    def check_remote(self, options: dict[str, Any], environment: Mapping[str, str]) -> None:
+        """Refuse a remote engine without its server, and a server without the remote engine."""
+        self._twin = ""
+        is_remote, variable = options.get("engine") == "remote", options.get("api_key_env")
+        if is_remote != ("base_url" in options):
+            self.error("argument --base-url: goes with --engine remote, neither without the other")
+        if variable is not None and not is_remote:
+            self.error("argument --api-key-env: goes with --engine remote")
+        if variable is not None and not environment.get(variable):
+            self.error(f"argument --api-key-env: there is no variable {variable} in the environment")
+
     def _spell_out(self, flag: argparse.Action, name: str, value: str) -> list[str]:
         if flag.nargs == 0:
             if value.lower() not in _SWITCHES:
@@ -173,6 +187,12 @@ def device_name(value: str) -> str:
     """Check the name of a device, for argparse."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise argparse.ArgumentTypeError(f"must be auto, cpu, mps, cuda or cuda:N, not {value!r}")
+    return value
+
+
+def _url(value: str) -> str:
+    if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", value):  # nor this value, which may hold a password
+        raise argparse.ArgumentTypeError("must be an address such as http://127.0.0.1:8000/v1, without a user")
     return value
 
 

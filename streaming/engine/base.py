@@ -39,6 +39,8 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "logprobs": (0, 20),
 }
+SESSION_HEADER = "x-session-id"
+"""The HTTP header that tells owners behind one client apart. Ray Serve sends a session to one replica by it."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 
@@ -208,7 +210,7 @@ class Engine(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer; waits for it while the model loads."""
+        """The model's tokenizer, None where the model is elsewhere; waits for it while the model loads."""
 
     @property
     def defaults(self) -> SamplingDefaults:

@@ -1,6 +1,7 @@
 """An engine that is made in the background, so that the page is there before torch is imported."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,10 @@ def defer_engine(settings: Settings, model: str | None, make_room: MakeRoom) -> 
     """Give the engine that the settings ask for, for a model of theirs (None: the default one), not yet started."""
 
     def make() -> Engine:
+        if settings.base_url is not None:
+            from streaming.engine.remote import RemoteEngine
+
+            return RemoteEngine(settings.base_url, model, os.environ.get(settings.api_key_env or ""))
         from streaming.engine.local import load_engine
 
         return load_engine(
@@ -39,7 +44,7 @@ def defer_engine(settings: Settings, model: str | None, make_room: MakeRoom) -> 
             max_cache_bytes=None if settings.cache_memory is None else settings.cache_memory * 10**6,
         )
 
-    return DeferredEngine(make, settings.engine, model or DEFAULT_MODEL.model_id)
+    return DeferredEngine(make, settings.engine, model or settings.base_url or DEFAULT_MODEL.model_id)
 
 
 class DeferredEngine:

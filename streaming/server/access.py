@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
+from streaming.engine.base import SESSION_HEADER
 from streaming.server.api_errors import ApiError
 
 _FORWARDING = ("forwarded", "via", "x-real-ip")
@@ -31,16 +32,19 @@ class Access:
     def owner_of(self, request: Request) -> str:
         """Give the name that the request's generations are queued under, and reuse what was read under.
 
+        It is the key's, and with SESSION_HEADER the session's: a page that asks for many people names each of them.
+
         Raises:
             ApiError: the request may not be made.
         """
+        session = request.headers.get(SESSION_HEADER, "")
         if self._digests:
-            return self._owner_by_key(request.headers.get("authorization", ""))
+            return f"{self._owner_by_key(request.headers.get('authorization', ''))} {session}"
         if self._is_public:
             raise _refusal("The API is closed to everyone on a shared page; start Brook with --api-key to open it.")
         if not _is_local(request):
             raise _refusal("The API answers this machine alone; start Brook with --api-key to open it to others.")
-        return "api"
+        return f"api {session}"
 
     def _owner_by_key(self, authorization: str) -> str:
         scheme, _, token = authorization.partition(" ")

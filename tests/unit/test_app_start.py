@@ -35,11 +35,13 @@ def answering_url():
         ([], refusing_url, "default model is not available"),
         ([], swallowing_url, "default model is not available"),
         (["--port", "TAKEN"], refusing_url, "Cannot listen on"),
+        (["--engine", "remote", "--base-url", "URL/v1"], refusing_url, "cannot be reached"),
+        (["--engine", "remote", "--base-url", "URL/v1"], swallowing_url, "cannot be reached"),
     ],
 )
 def test_a_refusal_is_one_sentence_in_two_seconds(tmp_path, arguments, network, words):
     with network() as url, socket.create_server(("127.0.0.1", 0)) as taken:
-        arguments = [str(taken.getsockname()[1]) if a == "TAKEN" else a for a in arguments]
+        arguments = [str(taken.getsockname()[1]) if a == "TAKEN" else a.replace("URL", url) for a in arguments]
         env = os.environ | {
             "HF_ENDPOINT": url,
             "HF_HUB_OFFLINE": "0",

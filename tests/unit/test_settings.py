@@ -116,7 +116,7 @@ def test_every_setting_has_a_flag_and_help_with_its_default(capsys):
 
 def test_a_flag_wins_over_its_twin_and_does_not_add_to_it():
     given = load("--port", "1", "--model", "a", BROOK_PORT="2", BROOK_MODEL="b", BROOK_HOST="h")
-    assert (given.port, given.model, given.host) == (1, "a", "h")
+    assert (given.port, given.models, given.host) == (1, ("a",), "h")
 
 
 def test_a_switch_can_be_off_in_the_environment_and_an_empty_twin_is_no_twin():
@@ -209,6 +209,23 @@ def test_an_api_key_is_never_shown_and_has_no_space_or_comma(capsys):
         assert refusal(capsys, "--api-key", wrong) == words
 
 
+def test_a_remote_engine_and_its_server_go_together(capsys):
+    given = load("--engine", "remote", "--base-url", "http://box:8000/v1", "--api-key-env", "KEY", KEY="x")
+    assert (given.engine, given.base_url, given.api_key_env) == ("remote", "http://box:8000/v1", "KEY")
+    both = "--base-url: goes with --engine remote, neither without the other"
+    assert refusal(capsys, "--engine", "remote") == both
+    assert refusal(capsys, "--base-url", "http://box/v1") == both
+    assert refusal(capsys, "--api-key-env", "KEY", KEY="x") == "--api-key-env: goes with --engine remote"
+    remote = ("--engine", "remote", "--base-url", "http://box/v1", "--api-key-env", "KEY")
+    assert refusal(capsys, *remote) == "--api-key-env: there is no variable KEY in the environment"
+
+
+@pytest.mark.parametrize("url", ["", "box:8000", "ftp://box", "http://", "http://ann:hunter2@box/v1", "http://a b"])
+def test_a_servers_address_is_one(capsys, url):
+    words = "--base-url: must be an address such as http://127.0.0.1:8000/v1, without a user"
+    assert refusal(capsys, "--engine", "remote", "--base-url", url) == words
+
+
 def test_a_share_link_and_a_space_are_public():
     assert not load("--host", "0.0.0.0").is_public
     assert load("--share").is_public
@@ -223,11 +240,6 @@ def test_settings_load_without_any_heavy_import():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_first_model_is_the_one_at_the_start():
-    assert load().model is None
-    assert load("--model", "a", "--model", "b").model == "a"
 
 
 def test_people_elsewhere_can_reach_what_is_shared():

@@ -1,0 +1,1 @@
+"""Ways to run Brook on more than one machine."""

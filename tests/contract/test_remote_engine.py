@@ -1,0 +1,412 @@
+"""The remote engine promises what every engine does: over Brook's own API, and over servers that do as they like."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from streaming.engine import remote
+from streaming.engine.base import GenerationRequest
+from streaming.engine.local import LocalEngine
+from streaming.engine.remote import RemoteEngine
+from streaming.errors import EngineClosed, InvalidRequest, ModelUnavailable
+from streaming.events import NO_ID, FinishEvent, TokenEvent
+from tests.fake_server import Handler, chunk, fake_server, refusing, streaming
+from tests.scripted import ScriptedEngine
+from tests.serving import WAIT_S, serving, wait_for
+from tests.tiny import loaded, tiny_llama
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def ask(engine, text="hello", **options):
+    return engine.submit(GenerationRequest(messages=[{"role": "user", "content": text}], **options))
+
+
+@pytest.fixture(scope="module")
+def local():
+    engine = LocalEngine(lambda progress: loaded(tiny_llama()))
+    engine.wait_ready(WAIT_S)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    engine = ScriptedEngine()
+    engine.wait_ready(WAIT_S)
+    yield engine
+    engine.close()
+
+
+def connected(engine):
+    """Serve an engine, and give one that asks it from elsewhere."""
+    with serving(engine) as url:
+        far = RemoteEngine(f"{url}v1")
+        try:
+            yield far
+        finally:
+            far.close()
+
+
+@pytest.fixture(scope="module")
+def far(local):
+    yield from connected(local)
+
+
+@pytest.fixture(scope="module")
+def far_scripted(scripted):
+    yield from connected(scripted)
+
+
+@pytest.fixture
+def connect():
+    """Ask servers, and let go of them at the end."""
+    engines = []
+
+    def start(url, *args, **options):
+        engines.append(RemoteEngine(url, *args, **options))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+class TestOverBrook:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"temperature": 0.0},
+            {"temperature": 0.0, "frequency_penalty": 2.0, "presence_penalty": 1.0},
+            {"temperature": 0.9, "top_p": 0.8, "seed": 7},
+            {"temperature": 0.9, "top_k": 3, "min_p": 0.01, "repetition_penalty": 1.3, "seed": 7},
+        ],
+    )
+    def test_every_setting_makes_the_difference_that_it_makes_there(self, local, far, options):
+        here = ask(local, max_new_tokens=30, **options).result(WAIT_S)
+        there = ask(far, max_new_tokens=30, **options).result(WAIT_S)
+        assert there.text == here.text
+        assert there.finish.reason == here.finish.reason == "length"
+        for count in ("n_prompt_tokens", "n_generated_tokens"):
+            assert getattr(there.finish, count) == getattr(here.finish, count)
+
+    def test_it_is_the_one_model_of_the_server_without_a_tokenizer(self, far):
+        assert far.wait_ready(WAIT_S)
+        assert (far.model_id, far.tokenizer, far.kind) == ("tiny", None, "remote")
+        assert far.status().state == "ready"
+
+    def test_a_stream_is_token_events_then_one_finish(self, far_scripted):
+        *tokens, finish = list(ask(far_scripted, "say: Zwölf 🇩🇪!").events(timeout=WAIT_S))
+        assert all(isinstance(event, TokenEvent) for event in tokens)
+        assert "".join(event.text for event in tokens) == "Zwölf 🇩🇪!"
+        assert [event.index for event in tokens] == list(range(len(tokens)))
+        assert {event.id for event in tokens} == {NO_ID}
+        assert isinstance(finish, FinishEvent)
+        assert (finish.reason, finish.error) == ("stop", None)
+        assert finish.timings.ttft_s > 0
+        assert finish.timings.tokens_per_s > 0
+
+    def test_logprobs_come_with_each_token(self, local, far):
+        def told(engine, **source):
+            request = GenerationRequest(**source, max_new_tokens=8, temperature=0, logprobs=3)
+            events = engine.submit(request).events(timeout=WAIT_S)
+            return [
+                (event.text, event.logprob, [(top.text, top.logprob) for top in event.top])
+                for event in events
+                if isinstance(event, TokenEvent)
+            ]
+
+        assert told(far, messages=HELLO) == told(local, messages=HELLO)
+        for (text, logprob, top), (far_text, far_logprob, far_top) in zip(
+            told(local, prompt="one"), told(far, prompt="one"), strict=True
+        ):
+            assert (far_text, far_logprob) == (text, logprob)
+            assert dict(far_top) == dict(top)  # a completion tells them by text, which two tokens may share
+
+    def test_stop_strings_end_it(self, far_scripted):
+        result = ask(far_scripted, "say: one. two", stop=["."]).result(WAIT_S)
+        assert (result.text, result.finish.reason) == ("one", "stop")
+
+    def test_a_plain_prompt_and_ids_are_continued(self, local, far):
+        for source in ({"prompt": "one, two"}, {"prompt_ids": [79, 78, 69]}):
+            request = GenerationRequest(**source, max_new_tokens=12, temperature=0)
+            assert far.submit(request).result(WAIT_S).text == local.submit(request).result(WAIT_S).text
+
+    def test_a_reply_goes_on_where_it_stopped(self, local, far):
+        options = {"messages": HELLO, "prefix_text": "so far", "max_new_tokens": 12, "temperature": 0}
+        run = far.submit(GenerationRequest(**options))
+        assert run.prefix_text == "so far"
+        assert run.result(WAIT_S).text == local.submit(GenerationRequest(**options)).result(WAIT_S).text
+        with pytest.raises(InvalidRequest, match="give prefix_text"):
+            far.submit(GenerationRequest(messages=HELLO, prefix_ids=[1, 2]))
+
+    def test_stop_frees_the_model_there_and_keeps_what_was_written(self, scripted, far_scripted):
+        run = ask(far_scripted, "slow: " + "x" * 300)
+        wait_for(lambda: len(run.log) > 2)
+        assert run.progress.state == "writing"
+        assert scripted.status().n_active == far_scripted.status().n_active == 1
+        run.cancel()
+        result = run.result(WAIT_S)
+        assert result.finish.reason == "cancelled"
+        assert result.text == "x" * result.finish.n_generated_tokens
+        wait_for(lambda: scripted.status().n_active == 0)
+        assert far_scripted.status().n_active == 0
+        assert ask(far_scripted, "say: next").result(WAIT_S).text == "next"
+
+    def test_stop_at_once_and_twice_is_one_finish(self, far_scripted, scripted):
+        run = ask(far_scripted, "slow: " + "x" * 300)
+        run.cancel()
+        run.cancel()
+        events = list(run.events(timeout=WAIT_S))
+        assert [event.type for event in events][-1] == "finish"
+        assert events[-1].reason == "cancelled"
+        wait_for(lambda: scripted.status().n_active == scripted.status().n_queued == 0)
+
+    def test_a_model_that_breaks_there_says_so_here(self, far_scripted):
+        result = ask(far_scripted, "fail: remotely").result(WAIT_S)
+        assert (result.text, result.finish.reason) == ("remotely", "error")
+        assert "the scripted failure" in result.finish.error
+
+    def test_a_refusal_is_the_servers_sentence(self, far_scripted):
+        finish = ask(far_scripted, "x" * 9000).result(WAIT_S).finish
+        assert finish.reason == "error"
+        assert "tokens long but the model can read at most" in finish.error
+
+    def test_two_readers_see_the_same(self, far_scripted):
+        run, seen = ask(far_scripted, "say: two readers"), [[], []]
+        readers = [
+            threading.Thread(target=lambda out=out: out.extend(run.events(timeout=WAIT_S)), name="brook-test-reader")
+            for out in seen
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(WAIT_S)
+        assert seen[0] == seen[1] == list(run.events(timeout=WAIT_S))
+
+
+class TestReasoning:
+    @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+    def test_it_stands_between_tags_before_the_reply(self, connect, field):
+        deltas = [{"role": "assistant", "content": ""}, {field: "Let me"}, {field: " think."}, "\n\nYes", "."]
+        with fake_server(streaming(*deltas)) as server:
+            result = ask(connect(server.url)).result(WAIT_S)
+        assert result.text == "<think>\nLet me think.\n</think>\n\nYes."
+        assert result.finish.n_generated_tokens == 4
+
+    def test_it_stays_open_where_the_reply_ends_within(self, connect):
+        with fake_server(streaming({"reasoning": "Let me"}, finish_reason="length")) as server:
+            result = ask(connect(server.url)).result(WAIT_S)
+        assert (result.text, result.finish.reason) == ("<think>\nLet me", "length")
+
+
+class TestStopStrings:
+    @pytest.mark.parametrize(
+        ("deltas", "text", "reason"),
+        [
+            (["one. ", "two"], "one", "stop"),
+            (["on", "e", ".", " two"], "one", "stop"),
+            (["one", " E", "ND two"], "one ", "stop"),
+            (["one", " EN"], "one EN", "length"),
+        ],
+    )
+    def test_a_server_that_shows_them_is_cut_there(self, connect, deltas, text, reason):
+        with fake_server(streaming(*deltas, finish_reason="length")) as server:
+            result = ask(connect(server.url), stop=[".", "END"]).result(WAIT_S)
+        assert (result.text, result.finish.reason) == (text, reason)
+
+    def test_the_server_is_left_at_once(self, connect):
+        release = threading.Event()
+
+        def reply(handler: Handler) -> None:
+            handler.begin()
+            handler.send(chunk({"index": 0, "delta": {"content": "one. two"}, "finish_reason": None}))
+            release.wait(WAIT_S)
+
+        with fake_server(reply) as server:
+            assert ask(connect(server.url), stop=["."]).result(WAIT_S).text == "one"
+            release.set()
+
+
+class TestCounts:
+    def test_they_are_the_servers(self, connect):
+        usage = {
+            "prompt_tokens": 30,
+            "completion_tokens": 7,
+            "total_tokens": 37,
+            "prompt_tokens_details": {"cached_tokens": 20},
+        }
+        with fake_server(streaming("Hello there", usage=usage)) as server:
+            finish = ask(connect(server.url)).result(WAIT_S).finish
+        assert (finish.n_prompt_tokens, finish.n_reused_tokens, finish.n_generated_tokens) == (30, 20, 7)
+
+    def test_logprobs_of_text_that_is_held_back_are_left_out(self, connect):
+        def told(*tokens):
+            content = [{"token": t, "logprob": -1.0, "bytes": None, "top_logprobs": []} for t in tokens]
+            return {"content": content, "refusal": None}
+
+        def reply(handler: Handler) -> None:
+            handler.begin()
+            for text, logprobs in (("ab", told("a", "b")), ("x", told("x", "y")), ("z", told("q"))):
+                choice = {"index": 0, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": None}
+                handler.send(chunk(choice))
+            handler.send(chunk({"index": 0, "delta": {}, "finish_reason": "stop"}))
+            handler.send("[DONE]")
+
+        with fake_server(reply) as server:
+            *tokens, _ = ask(connect(server.url), logprobs=1).events(timeout=WAIT_S)
+        assert [(t.text, t.logprob) for t in tokens] == [("a", -1.0), ("b", -1.0), ("x", None), ("z", -1.0)]
+
+
+class TestWhatIsSent:
+    def test_settings_that_are_off_stay_here(self, connect):
+        with fake_server(streaming("x")) as server:
+            request = GenerationRequest(
+                messages=[{"role": "user", "content": "hi", "token_ids": (1,)}],
+                temperature=0.5, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=3, max_new_tokens=9, owner="ann",
+            )  # fmt: skip
+            connect(server.url, None, "the key").submit(request).result(WAIT_S)
+        [asked] = server.asked
+        headers = asked.pop("headers")
+        assert asked == {
+            "path": "/v1/chat/completions",
+            "model": "fake",
+            "messages": [{"role": "user", "content": "hi"}],
+            "temperature": 0.5,
+            "seed": 3,
+            "max_tokens": 9,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        assert headers["authorization"] == "Bearer the key"
+        assert "ann" not in str(headers)
+
+    def test_each_owner_has_a_session_of_its_own_on_the_server(self, connect):
+        with fake_server(streaming("x")) as server:
+            for engine in (connect(server.url), connect(server.url)):
+                for owner in ("ann", "bob", "ann", ""):
+                    ask(engine, owner=owner).result(WAIT_S)
+            sessions = [asked["headers"].get("x-session-id") for asked in server.asked]
+        ann, bob, again, nobody, *elsewhere = sessions
+        assert ann == again != bob
+        assert nobody is elsewhere[3] is None
+        assert not {ann, bob} & set(elsewhere), "who a session is cannot be told from another page's"
+
+    def test_what_was_read_for_one_owner_is_reused_for_that_owner_alone(self, far):
+        def n_reused(owner):
+            return ask(far, "the same words " * 5, owner=owner, max_new_tokens=2).result(WAIT_S).finish.n_reused_tokens
+
+        assert n_reused("ann") == 0
+        assert n_reused("bob") == 0
+        assert n_reused("ann") > 50
+
+    def test_what_the_environment_holds_for_openai_is_not(self, connect, monkeypatch):
+        for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
+            monkeypatch.setenv(name, "secret")
+        with fake_server(streaming("x")) as server:
+            ask(connect(server.url)).result(WAIT_S)
+        assert "secret" not in str(server.asked[0]["headers"])
+
+
+class TestFailures:
+    @pytest.fixture(autouse=True)
+    def no_pauses(self, monkeypatch):
+        monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
+
+    @pytest.mark.parametrize("status", [429, 500, 502, 503])
+    def test_a_server_that_is_busy_or_broken_is_asked_again(self, connect, status):
+        with fake_server(refusing(status), refusing(status), streaming("fine")) as server:
+            assert ask(connect(server.url)).result(WAIT_S).text == "fine"
+            assert len(server.asked) == 3
+
+    def test_but_not_for_ever(self, connect):
+        with fake_server(refusing(503, {"error": {"message": "no room"}})) as server:
+            finish = ask(connect(server.url)).result(WAIT_S).finish
+            assert len(server.asked) == remote.MAX_TRIES
+        assert finish.error.endswith("failed (no room); try again.")
+
+    def test_a_connection_that_breaks_before_the_first_token_is_made_again(self, connect):
+        with fake_server(lambda handler: handler.begin(), streaming("fine")) as server:
+            # Ended without a word: nothing says that the reply is whole.
+            assert ask(connect(server.url)).result(WAIT_S).text == "fine"
+
+    def test_after_the_first_token_nothing_is_asked_twice(self, connect):
+        def half(handler: Handler) -> None:
+            handler.begin()
+            handler.send(chunk({"index": 0, "delta": {"content": "half"}, "finish_reason": None}))
+
+        with fake_server(half) as server:
+            result = ask(connect(server.url)).result(WAIT_S)
+            assert len(server.asked) == 1
+        assert (result.text, result.finish.reason) == ("half", "error")
+        assert result.finish.error.endswith("ended the reply in the middle; try again.")
+
+    @pytest.mark.parametrize(
+        ("reply", "says"),
+        [
+            (refusing(400, {"error": {"message": "no top_k here"}}), "refused the request: no top_k here"),
+            (refusing(422, {"detail": [{"msg": "bad"}]}), "refused the request: [{'msg': 'bad'}]"),
+            (refusing(401, {"error": {"message": "sk-123 is wrong"}}), "wants another API key"),
+            (refusing(404, b"not here"), "does not have that (not here); check --base-url and --model."),
+            (streaming("x", finish_reason="content_filter"), "ended the reply early (content_filter)."),
+            (lambda h: (h.begin(), h.send({"error": {"message": "out of memory"}})), "an error (out of memory)"),
+            (lambda h: (h.begin(), h.send("{half")), "sent something that cannot be read"),
+            (refusing(400, b"<html>" + b"x" * 9000), "refused the request: <html>xxx"),
+        ],
+    )
+    def test_an_error_is_a_sentence_and_asked_once(self, connect, reply, says):
+        with fake_server(reply) as server:
+            finish = ask(connect(server.url)).result(WAIT_S).finish
+            assert len(server.asked) == 1
+        assert finish.reason == "error"
+        assert says in finish.error
+        assert "sk-123" not in finish.error
+        assert len(finish.error) < 500
+
+    def test_a_server_that_falls_silent_is_left_in_time(self, connect):
+        release = threading.Event()
+        with fake_server(lambda handler: (handler.begin(), release.wait(WAIT_S))) as server:
+            finish = ask(connect(server.url, read_timeout_s=0.2)).result(WAIT_S).finish
+            release.set()
+            assert len(server.asked) == 1
+        assert "sent nothing for 0.2 s; try again." in finish.error
+
+
+class TestTheServerItself:
+    def test_nobody_there_is_a_sentence_at_once(self, connect):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        began = time.monotonic()
+        engine = connect(f"http://127.0.0.1:{port}/v1")
+        with pytest.raises(ModelUnavailable, match=rf"server at 127.0.0.1:{port} cannot be reached.*check --base-url"):
+            engine.wait_ready(WAIT_S)
+        assert time.monotonic() - began < 2
+        assert engine.status().state == "failed"
+        with pytest.raises(ModelUnavailable):
+            ask(engine)
+
+    def test_several_models_have_to_be_told_apart(self, connect):
+        with fake_server(streaming("x")) as server:
+            server.models = {"object": "list", "data": [{"id": name, "object": "model"} for name in ("a", "b")]}
+            with pytest.raises(ModelUnavailable, match="with --model; it has a, b"):
+                connect(server.url).wait_ready(WAIT_S)
+            engine = connect(server.url, "b")
+            assert engine.wait_ready(WAIT_S)
+            assert engine.model_id == "b"
+
+    def test_closing_ends_what_runs_and_is_the_end(self, connect, scripted):
+        with serving(scripted) as url:
+            engine = connect(f"{url}v1")
+            run = ask(engine, "slow: " + "x" * 300)
+            wait_for(lambda: len(run.log) > 1)
+            engine.close()
+            assert run.result(0).finish.reason == "cancelled"
+            wait_for(lambda: scripted.status().n_active == 0)
+        assert engine.status().state == "closed"
+        with pytest.raises(EngineClosed):
+            ask(engine)
+        run.cancel()
+        engine.close()

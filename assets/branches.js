@@ -58,7 +58,7 @@
       if (event.newState !== "open") return;
       const at = opener.getBoundingClientRect();
       panel.style.top = `${at.bottom + 4}px`;
-      panel.style.right = `${document.documentElement.clientWidth - at.right}px`;
+      panel.style.right = `${Math.min(document.documentElement.clientWidth - at.right, innerWidth - panel.offsetWidth - 8)}px`;
       const current = panel.querySelector("[aria-current]");
       if (current) current.focus();
     });

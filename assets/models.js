@@ -74,8 +74,9 @@
       choose(id);
     }
 
-    function show({ model = "", models = [], open = false, loading = null, problem: words = "", failed = false }) {
-      name.textContent = short(model);
+    function show({ model = "", models = [], open = false, loading = null, problem: trouble = "", failed = false }) {
+      const current = models.find(({ id }) => id === model);
+      name.textContent = short(current ? current.label : model);
       name.title = model;
       root.dataset.state = failed ? "failed" : loading ? "loading" : "ready";
       const hasChoice = open || models.length > 1;
@@ -83,13 +84,13 @@
       opener.setAttribute("aria-label", hasChoice ? `Model: ${model}. Choose another` : `Model: ${model}`);
       form.hidden = !open;
       list.replaceChildren(
-        ...models.map(({ id, state }) => {
+        ...models.map(({ id, label: words, state }) => {
           const item = element("button", "model-item");
           item.type = "button";
           item.title = id;
           if (id === model) item.setAttribute("aria-current", "true");
           const label = element("span", "");
-          label.textContent = short(id);
+          label.textContent = short(words);
           const note = element("small", "");
           note.textContent = STATES[state] || "";
           item.append(label, note);
@@ -104,7 +105,7 @@
       if (part === null) bar.removeAttribute("aria-valuenow");
       else bar.setAttribute("aria-valuenow", Math.round(100 * part));
       bar.title = loading ? loading.words : "";
-      tell(words);
+      tell(trouble);
     }
 
     function tell(words) {

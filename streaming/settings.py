@@ -67,11 +67,6 @@ class Settings:
         return self.share or self.space
 
     @property
-    def model(self) -> str | None:
-        """The model at the start; None is the default one."""
-        return self.models[0] if self.models else None
-
-    @property
     def server(self) -> str | None:
         """The remote engine's server, as it is shown to people."""
         return None if self.base_url is None else urlsplit(self.base_url).netloc

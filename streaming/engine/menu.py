@@ -60,8 +60,8 @@ class ModelMenu:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._closed = False
-        models = [MenuModel(source, source or default_name, kind, self._make_engine) for source in sources]
-        self._models = {model.model_id: model for model in models}
+        models = [MenuModel(source or default_name, source, kind, self._make_engine) for source in sources]
+        self._models = {model.name: model for model in models}
         self._listed = frozenset(self._models)
 
     @classmethod
@@ -100,8 +100,8 @@ class ModelMenu:
     def drop(self, model: "MenuModel") -> None:
         """Take a model that was not listed, and turned out not to be had, off the menu."""
         with self._lock:
-            if model.model_id not in self._listed and model.status().state == "failed":
-                self._models.pop(model.model_id, None)
+            if model.name not in self._listed and model.status().state == "failed":
+                self._models.pop(model.name, None)
 
     def start(self) -> None:
         """Begin to load the first model."""
@@ -154,12 +154,12 @@ class ModelMenu:
         """Unload what must leave for a model of `n_bytes`; nothing where it would not fit all the same."""
         if self._max_bytes is not None and n_bytes > self._max_bytes:
             raise ModelTooLarge(
-                f"{model.model_id} needs {n_bytes / 1e9:,.2f} GB but --model-memory allows "
+                f"{model.name} needs {n_bytes / 1e9:,.2f} GB but --model-memory allows "
                 f"{self._max_bytes / 1e9:,.2f} GB for all models; choose a smaller one."
             )
         while True:
             with self._lock:
-                others = [other for other in self._models.values() if other is not model and other.is_loaded]
+                others = [other for other in self._models.values() if other is not model and other.takes_memory]
                 n_missing = n_bytes - n_free
                 if self._max_bytes is not None:
                     n_taken = sum(other.n_bytes for other in others)
@@ -171,7 +171,7 @@ class ModelMenu:
             n_missing -= sum(other.n_bytes for other in idle)
             if n_missing > 0:
                 raise ModelTooLarge(
-                    f"{model.model_id} needs {n_bytes / 1e9:,.2f} GB, {n_missing / 1e9:,.2f} GB more than there is "
+                    f"{model.name} needs {n_bytes / 1e9:,.2f} GB, {n_missing / 1e9:,.2f} GB more than there is "
                     f"beside the models in use; try again when nobody streams from them, or choose a smaller model."
                 )
             n_free += idle[0].unload()  # 0 where someone came in the meantime: then it is no longer idle
@@ -180,14 +180,14 @@ class ModelMenu:
 class MenuModel:
     """One model of a menu: an Engine that loads when it is first needed, and again after it was unloaded.
 
-    `source` is what `--model` names, None for the default model. What a loaded model said of itself (`tokenizer`,
-    `defaults`) stays known while it is unloaded.
+    `name` is what it is chosen by, `source` what `--model` names, None for the default model. What a loaded model said
+    of itself (`tokenizer`, `defaults`) stays known while it is unloaded.
     """
 
-    def __init__(self, source: str | None, model_id: str, kind: str, make: Callable[["MenuModel"], Engine]) -> None:
-        self.kind = kind
+    def __init__(self, name: str, source: str | None, kind: str, make: Callable[["MenuModel"], Engine]) -> None:
+        self.name = name
         self.source = source
-        self.model_id = model_id
+        self.kind = kind
         self.n_bytes = 0
         self.used_at = 0.0
         self._make = make
@@ -217,8 +217,13 @@ class MenuModel:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether it takes memory, or is about to."""
+        """Whether it is there, or is about to be."""
         return self.status().state in ("loading", "ready")
+
+    @property
+    def takes_memory(self) -> bool:
+        """Whether room was made for it; what loads may not say so yet."""
+        return self.n_bytes > 0 and self.status().state != "failed"
 
     @property
     def is_in_use(self) -> bool:
@@ -227,6 +232,11 @@ class MenuModel:
             return self._is_in_use()
 
     # As an engine
+
+    @property
+    def model_id(self) -> str:
+        engine = self._engine
+        return self.name if engine is None else engine.model_id
 
     @property
     def tokenizer(self) -> Any:
@@ -255,7 +265,7 @@ class MenuModel:
 
     def status(self) -> EngineStatus:
         engine = self._engine
-        return EngineStatus("unloaded", self.model_id) if engine is None else engine.status()
+        return EngineStatus("unloaded", self.name) if engine is None else engine.status()
 
     def close(self) -> None:
         self.unload(even_in_use=True)

@@ -130,9 +130,9 @@ class Runs:
 
     def tags(self, model: MenuModel) -> ReasoningTags:
         """Give a model's reasoning tags, which are known once it was loaded."""
-        if model.model_id not in self._tags:
-            self._tags[model.model_id] = find_tags(model.tokenizer)
-        return self._tags[model.model_id]
+        if model.name not in self._tags:
+            self._tags[model.name] = find_tags(model.tokenizer)
+        return self._tags[model.name]
 
     def start(
         self,
@@ -230,7 +230,7 @@ class Runs:
             reply.check_watched()
         generation = None
         if reply.stop_reason is None:
-            request = dataclasses.replace(build_request(), owner=reply.owner, model=reply.model.model_id)
+            request = dataclasses.replace(build_request(), owner=reply.owner, model=reply.model.name)
             generation = self.engine.submit(request)
         reply.begin(generation)
         n_kept, kept_at = 0, time.monotonic()

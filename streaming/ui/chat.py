@@ -179,11 +179,11 @@ class ChatHandlers:
             for message in new:
                 conversation = conversation.add(message)
         await asyncio.to_thread(self._store.save, conversation, new)
-        model = self.models.of(session).model_id
+        model = self.models.of(session)
         live = self._runs.start(
             reply,
             self.replies.chat_request(conversation.path()[:-1], reply, settings, model),
-            model=model,
+            model=model.name,
             owner=conversation.owner,
             conversation_id=conversation.id,
             on_refusal=lambda: self._store.remove(before, [message.id for message in new]),

@@ -64,7 +64,7 @@ class CompletePart:
                 state.reply = self.replies.runs.start(
                     Message(role="assistant", content=text),
                     lambda: GenerationRequest(prompt=text, **settings),
-                    model=models.of(session).model_id,
+                    model=models.of(session).name,
                 )
             return [gr.update(visible=False), gr.update(visible=True)]
 

@@ -28,7 +28,7 @@ class ModelHandlers:
 
     def of(self, session: Session) -> MenuModel:
         """Give the model that answers in a tab; the first one where the chosen one is not offered any more."""
-        offered = {model.model_id: model for model in self._menu.models}
+        offered = {model.name: model for model in self._menu.models}
         return offered.get(session.model, self._menu.first)
 
     async def greet(self, session: Session, tab: Mapping[str, Any] | None) -> About:
@@ -64,7 +64,7 @@ class ModelHandlers:
                     return
                 yield self._about(before, loading=model)
                 await asyncio.sleep(POLL_S)
-            session.model = model.model_id
+            session.model = model.name
             yield self._about(model)
         except BrookError as error:
             self._menu.drop(model)
@@ -84,8 +84,11 @@ class ModelHandlers:
         status = None if loading is None else loading.status()
         is_known = status is None and not failed and model.status().state == "ready"
         return {
-            "model": model.model_id,
-            "models": [{"id": other.model_id, "state": other.status().state} for other in self._menu.models],
+            "model": model.name,
+            "models": [
+                {"id": other.name, "label": other.model_id, "state": other.status().state}
+                for other in self._menu.models
+            ],
             "open": self._menu.is_open,
             "loading": None if status is None else {"words": describe_loading(status), "part": status.part},
             "problem": problem,

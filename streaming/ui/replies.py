@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from streaming.conversations.tree import Message
 from streaming.engine.base import GenerationRequest
+from streaming.engine.menu import MenuModel
 from streaming.events import FinishEvent
 from streaming.server.runs import LiveReply, Runs
 from streaming.ui.session import for_page
@@ -100,15 +101,15 @@ class Replies:
                 yield Frame(state, describe_progress(progress, n_tokens, last_at - began_at), dict(page), beat)
 
     def chat_request(
-        self, path: Sequence[Message], reply: Message, settings: ChatSettings, model: str
+        self, path: Sequence[Message], reply: Message, settings: ChatSettings, model: MenuModel
     ) -> Callable[[], GenerationRequest]:
         """Give what builds the request to `model` for `reply`, after the messages of `path`, from where it stands."""
 
         def build() -> GenerationRequest:
-            messages = [_for_model(message, model) for message in path]
+            messages = [_for_model(message, model.model_id) for message in path]
             if settings.system_prompt.strip():
                 messages.insert(0, {"role": "system", "content": settings.system_prompt})
-            prefix_ids = _own_ids(reply, model)
+            prefix_ids = _own_ids(reply, model.model_id)
             prefix_text = "" if prefix_ids else reply.content
             return GenerationRequest(
                 messages=messages, prefix_ids=prefix_ids, prefix_text=prefix_text, **settings.for_request()

@@ -1,5 +1,6 @@
 """The menu of models: switching with the chat kept, one that cannot be had, and who may choose what."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -38,7 +39,7 @@ class Served:
                 assert self.go.wait(60)
             elif name != "ann/first":
                 raise NotACausalLM(f"{name} does not continue text token by token; choose a causal language model.")
-            return loaded(engine.model, n_context=N_CONTEXT)
+            return dataclasses.replace(loaded(engine.model, n_context=N_CONTEXT), model_id=name)
 
         engine = ScriptedEngine(load)
         made.set()
@@ -133,6 +134,17 @@ def test_at_home_any_name_can_be_typed_and_a_wrong_one_does_not_stay(open_page, 
     page.locator(".model-opener").click()
     expect(page.locator(".model-item")).to_have_count(3)
     assert [model.model_id for model in site.menu.models] == ["ann/first", "ann/second", "ann/broken"]
+
+
+def test_on_a_phone_the_menu_has_room_beside_the_tabs(open_page, served):
+    page = open_page(served(is_open=False).url, viewport={"width": 390, "height": 800})
+    tab, opener = page.get_by_role("tab", name="Complete"), page.locator(".model-opener")
+    assert opener.bounding_box()["x"] >= tab.bounding_box()["x"] + tab.bounding_box()["width"]
+    opener.click()
+    box = page.locator(".model-panel").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    expect(page.locator(".model-item")).to_have_text(["firstloaded", "second", "broken"])
 
 
 def test_one_model_is_no_menu(page):

@@ -123,7 +123,7 @@ def test_every_setting_has_a_flag_and_help_with_its_default(capsys):
 
 def test_a_flag_wins_over_its_twin_and_does_not_add_to_it():
     given = load("--port", "1", "--model", "a", BROOK_PORT="2", BROOK_MODEL="b", BROOK_HOST="h")
-    assert (given.port, given.model, given.host) == (1, "a", "h")
+    assert (given.port, given.models, given.host) == (1, ("a",), "h")
 
 
 def test_a_switch_can_be_off_in_the_environment_and_an_empty_twin_is_no_twin():
@@ -252,11 +252,6 @@ def test_settings_load_without_any_heavy_import():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_first_model_is_the_one_at_the_start():
-    assert load().model is None
-    assert load("--model", "a", "--model", "b").model == "a"
 
 
 def test_people_elsewhere_can_reach_what_is_shared():

@@ -7,9 +7,11 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import expect
 
+from streaming.conversations.store import Store
 from streaming.server.runs import Runs
 from streaming.settings import Settings
 from streaming.ui.build import build_app, launch_app
+from tests.browser.conftest import serve
 from tests.browser.page_steps import WAIT_MS, ask, last_reply, send, wait_done
 from tests.cutoff import cable
 
@@ -202,3 +204,19 @@ def test_an_account_sees_its_own_from_every_device_and_nobody_elses(chromium, ur
     assert "character" not in bob.locator("body").inner_text()
     for context in contexts:
         context.close()
+
+
+def test_where_conversations_cannot_be_kept_the_page_says_so_and_goes_on(open_page, engine, tmp_path):
+    first, second = Store(tmp_path), Store(tmp_path)
+    runs = Runs(engine, second)
+    app, address = serve(engine, runs)
+    page = open_page(address)
+    expect(page.get_by_text("conversations are kept only until Brook ends")).to_be_visible(timeout=WAIT_MS)
+    assert ask(page, "say: it goes on") == "it goes on"
+    page.reload()
+    expect(last_reply(page)).to_have_text("it goes on", timeout=WAIT_MS)
+    page.close()
+    app.close()
+    runs.close()
+    for store in (first, second):
+        store.close()

@@ -114,21 +114,28 @@ def test_what_nobody_watches_is_stopped_kept_and_gone_on_with(page, url, engine,
     expect(tab.locator(".live .notice")).to_be_empty()
 
 
-def test_a_network_that_is_gone_for_a_while_costs_nothing(page):
-    watch(page)
-    page.locator("#max-new-tokens input").fill("1000")
-    send(page, f"slow: {LONG * 4}")
-    expect(last_reply(page)).to_contain_text("character", timeout=WAIT_MS)
-    before = last_reply(page).inner_text().strip()
-    page.locator("#composer textarea").fill("a draft")
-    page.context.set_offline(True)
-    page.wait_for_timeout(10_000)
-    page.context.set_offline(False)
-    expect(last_reply(page)).to_have_text(LONG * 4, timeout=WAIT_MS)
-    texts = shown(page)
-    assert (LONG * 4).startswith(before)
-    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
-    expect(page.locator("#composer textarea")).to_have_value("a draft")
+@pytest.mark.parametrize("way", ["the browser is offline", "the cable is pulled"])
+def test_a_network_that_is_gone_for_a_while_costs_nothing(open_page, url, way):
+    with cable(urlsplit(url).port) as line:
+        page = open_page(line.url)
+        watch(page)
+        page.locator("#max-new-tokens input").fill("1000")
+        send(page, f"slow: {LONG * 4}")
+        expect(last_reply(page)).to_contain_text("character", timeout=WAIT_MS)
+        page.locator("#composer textarea").fill("a draft")
+        if way == "the cable is pulled":
+            line.cut()
+        else:
+            page.context.set_offline(True)
+        page.wait_for_timeout(10_000)
+        line.mend()
+        page.context.set_offline(False)
+        expect(last_reply(page)).to_have_text(LONG * 4, timeout=WAIT_MS)
+        wait_done(page)
+        texts = shown(page)
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+        expect(page.locator("#composer textarea")).to_have_value("a draft")
+        page.context.close()
 
 
 def test_another_person_gets_nothing_by_an_id(open_page):

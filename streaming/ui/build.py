@@ -1,5 +1,6 @@
 """The page, put together: what is where, which handler answers what, and how it is served."""
 
+import asyncio
 import contextlib
 import hashlib
 import io
@@ -49,6 +50,9 @@ SAY_WHO = "(session, tab, ...inputs) => [session, brook.tab(), ...inputs]"
 # it) has no limit there, for the engine has a queue of its own. None of it is an endpoint.
 AT_ONCE: Any = {"queue": False, "show_progress": "hidden", "trigger_mode": "multiple", "api_visibility": "private"}
 QUEUED: Any = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+
+
+STAY_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +112,20 @@ def build_app(engine: Engine, runs: Runs | None = None, examples: tuple[str, ...
             return offer_defaults(values, engine.defaults) if engine.status().state == "ready" else list(values)
 
         app.load(greet, None, about, **QUEUED).then(offer, panel.inputs, panel.inputs, **AT_ONCE)
+        app.load(_stay, None, None, **QUEUED)
     app.queue(default_concurrency_limit=None, api_open=False)
     return app
+
+
+async def _stay() -> AsyncIterator[None]:
+    """Keep a tab's stream of events open as long as the tab is.
+
+    Gradio (6.31) ends it when nothing is queued any more, and a page that queues something in that moment believes
+    it still open and waits for ever.
+    """
+    while True:
+        yield
+        await asyncio.sleep(STAY_S)
 
 
 def launch_app(

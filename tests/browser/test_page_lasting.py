@@ -138,6 +138,14 @@ def test_a_network_that_is_gone_for_a_while_costs_nothing(open_page, url, way):
         page.context.close()
 
 
+def test_a_tab_has_one_stream_of_events_which_is_never_closed(page):
+    for text in ("one", "two"):
+        page.locator("#top-p input").fill("1")
+        page.locator("#top-p input").press("Tab")
+        ask(page, f"say: {text}")
+    assert len([r for r in page.requested if "queue/data" in r]) == 1
+
+
 def test_another_person_gets_nothing_by_an_id(open_page):
     ada, bob = open_page(), open_page()
     ask(ada, "say: for Ada alone")

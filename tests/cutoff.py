@@ -1,4 +1,4 @@
-"""A proxy between a browser and a server, whose connections can fall silent as those of a phone that was put away."""
+"""A proxy between a browser and a server: a cable that can be pulled, or fall silent as that of a sleeping phone."""
 
 import contextlib
 import selectors
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 
 CHUNK = 65536
+SEND_S = 5.0
+"""How long an end that takes nothing can hold up the others."""
 
 
 class Cable:
@@ -22,6 +24,7 @@ class Cable:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._lock = threading.Lock()
         self._ending = False
+        self._is_cut = False
         self._thread = threading.Thread(target=self._move, name="brook-cable", daemon=True)
         self._thread.start()
 
@@ -29,6 +32,18 @@ class Cable:
         """Let nothing more through on the connections that there are, which stay open; new ones work."""
         with self._lock:
             self._silent |= set(self._peers)
+
+    def cut(self) -> None:
+        """Break every connection, and each new one until `mend()`."""
+        with self._lock:
+            self._is_cut = True
+            for end in list(self._peers):
+                self._hang_up(end)
+
+    def mend(self) -> None:
+        """Let new connections through again."""
+        with self._lock:
+            self._is_cut = False
 
     def close(self) -> None:
         self._ending = True
@@ -51,7 +66,15 @@ class Cable:
                         self._pass_on(end)
 
     def _connect(self, browser: socket.socket) -> None:
-        server = socket.create_connection(("127.0.0.1", self._server_port))
+        if self._is_cut:
+            browser.close()
+            return
+        try:
+            server = socket.create_connection(("127.0.0.1", self._server_port), timeout=SEND_S)
+        except OSError:
+            browser.close()
+            return
+        browser.settimeout(SEND_S)
         self._peers |= {browser: server, server: browser}
         for end in (browser, server):
             self._selector.register(end, selectors.EVENT_READ)
@@ -64,11 +87,14 @@ class Cable:
         with contextlib.suppress(OSError):
             other.sendall(data)
         if not data:
-            for gone in (end, other):
-                self._peers.pop(gone, None)
-                with contextlib.suppress(KeyError):
-                    self._selector.unregister(gone)
-                gone.close()
+            self._hang_up(end)
+            self._hang_up(other)
+
+    def _hang_up(self, end: socket.socket) -> None:
+        self._peers.pop(end, None)
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(end)
+        end.close()
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ class Database:
 
     def _open(self, path: Path) -> sqlite3.Connection:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people write is for nobody else's eyes
             self._guard = FileLock(path.with_suffix(".lock"), timeout=0, thread_local=False)
             self._guard.acquire()
             return self._connect_or_set_aside(path)

@@ -170,6 +170,7 @@ class Store:
         self._write(
             "UPDATE conversation SET deleted_at = ? WHERE id = ? AND owner = ?", (time.time(), conversation_id, owner)
         )
+        self.purge()
 
     def restore(self, owner: str, conversation_id: str) -> None:
         """Bring a deleted conversation back."""

@@ -1,5 +1,6 @@
 """The page, put together: what is where, which handler answers what, and how it is served."""
 
+import asyncio
 import contextlib
 import hashlib
 import io
@@ -65,6 +66,9 @@ AT_ONCE: Any = {"queue": False, "show_progress": "hidden", "trigger_mode": "mult
 QUEUED: Any = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
+STAY_S = 15.0
+
+
 @dataclass(frozen=True, slots=True)
 class _ChatPart:
     """The chat's components that handlers change."""
@@ -116,8 +120,20 @@ def build_app(engine: Engine, runs: Runs | None = None, examples: tuple[str, ...
         for listen, handler in ((about.look, handlers.models.greet), (about.choose, handlers.models.choose)):
             told = listen(handler, [session, tab], about, js=SAY_WHO, **QUEUED)
             told.then(handlers.models.offer, [session, *panel.inputs], panel.inputs, **AT_ONCE)
+        app.load(_stay, None, None, **QUEUED)
     app.queue(default_concurrency_limit=None, api_open=False)
     return app
+
+
+async def _stay() -> AsyncIterator[None]:
+    """Keep a tab's stream of events open as long as the tab is.
+
+    Gradio (6.31) ends it when nothing is queued any more, and a page that queues something in that moment believes
+    it still open and waits for ever.
+    """
+    while True:
+        yield
+        await asyncio.sleep(STAY_S)
 
 
 def launch_app(

@@ -7,9 +7,11 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import expect
 
+from streaming.conversations.store import Store
 from streaming.server.runs import Runs
 from streaming.settings import Settings
 from streaming.ui.build import build_app, launch_app
+from tests.browser.conftest import serve
 from tests.browser.page_steps import WAIT_MS, ask, last_reply, send, wait_done
 from tests.cutoff import cable
 
@@ -112,21 +114,36 @@ def test_what_nobody_watches_is_stopped_kept_and_gone_on_with(page, url, engine,
     expect(tab.locator(".live .notice")).to_be_empty()
 
 
-def test_a_network_that_is_gone_for_a_while_costs_nothing(page):
-    watch(page)
-    page.locator("#max-new-tokens input").fill("1000")
-    send(page, f"slow: {LONG * 4}")
-    expect(last_reply(page)).to_contain_text("character", timeout=WAIT_MS)
-    before = last_reply(page).inner_text().strip()
-    page.locator("#composer textarea").fill("a draft")
-    page.context.set_offline(True)
-    page.wait_for_timeout(10_000)
-    page.context.set_offline(False)
-    expect(last_reply(page)).to_have_text(LONG * 4, timeout=WAIT_MS)
-    texts = shown(page)
-    assert (LONG * 4).startswith(before)
-    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
-    expect(page.locator("#composer textarea")).to_have_value("a draft")
+@pytest.mark.parametrize("way", ["the browser is offline", "the cable is pulled"])
+def test_a_network_that_is_gone_for_a_while_costs_nothing(open_page, url, way):
+    with cable(urlsplit(url).port) as line:
+        page = open_page(line.url)
+        watch(page)
+        page.locator("#max-new-tokens input").fill("1000")
+        send(page, f"slow: {LONG * 4}")
+        expect(last_reply(page)).to_contain_text("character", timeout=WAIT_MS)
+        page.locator("#composer textarea").fill("a draft")
+        if way == "the cable is pulled":
+            line.cut()
+        else:
+            page.context.set_offline(True)
+        page.wait_for_timeout(10_000)
+        line.mend()
+        page.context.set_offline(False)
+        expect(last_reply(page)).to_have_text(LONG * 4, timeout=WAIT_MS)
+        wait_done(page)
+        texts = shown(page)
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+        expect(page.locator("#composer textarea")).to_have_value("a draft")
+        page.context.close()
+
+
+def test_a_tab_has_one_stream_of_events_which_is_never_closed(page):
+    for text in ("one", "two"):
+        page.locator("#top-p input").fill("1")
+        page.locator("#top-p input").press("Tab")
+        ask(page, f"say: {text}")
+    assert len([r for r in page.requested if "queue/data" in r]) == 1
 
 
 def test_another_person_gets_nothing_by_an_id(open_page):
@@ -202,3 +219,19 @@ def test_an_account_sees_its_own_from_every_device_and_nobody_elses(chromium, ur
     assert "character" not in bob.locator("body").inner_text()
     for context in contexts:
         context.close()
+
+
+def test_where_conversations_cannot_be_kept_the_page_says_so_and_goes_on(open_page, engine, tmp_path):
+    first, second = Store(tmp_path), Store(tmp_path)
+    runs = Runs(engine, second)
+    app, address = serve(engine, runs)
+    page = open_page(address)
+    expect(page.get_by_text("conversations are kept only until Brook ends")).to_be_visible(timeout=WAIT_MS)
+    assert ask(page, "say: it goes on") == "it goes on"
+    page.reload()
+    expect(last_reply(page)).to_have_text("it goes on", timeout=WAIT_MS)
+    page.close()
+    app.close()
+    runs.close()
+    for store in (first, second):
+        store.close()

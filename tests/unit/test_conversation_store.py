@@ -128,12 +128,14 @@ class TestDeleting:
         store.delete("ada", gone.id)
         now = time.time()
         monkeypatch.setattr(time, "time", lambda: now + DELETED_KEPT_S + 60)
-        store.purge()
+        other = kept(store, "other")
+        store.delete("ada", other.id)
+        store.restore("ada", other.id)
         store.restore("ada", gone.id)
-        assert titles(store) == ["stays"]
+        assert titles(store) == ["other", "stays"]
         assert store.open("ada", stays.id) == stays
-        assert store._database.run(lambda db: db.execute("SELECT count(*) FROM message").fetchone()[0]) == 1
-        assert store._database.run(lambda db: db.execute("SELECT count(*) FROM search").fetchone()[0]) == 1
+        assert store._database.run(lambda db: db.execute("SELECT count(*) FROM message").fetchone()[0]) == 2
+        assert store._database.run(lambda db: db.execute("SELECT count(*) FROM search").fetchone()[0]) == 2
 
 
 class TestOwners:

@@ -26,6 +26,7 @@ FLOORS = [
     ["streaming.events"],
     ["streaming.errors"],
     ["streaming.settings"],
+    ["streaming.startup"],
 ]
 
 

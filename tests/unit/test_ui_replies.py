@@ -1,6 +1,7 @@
 """Replies without a page: what is asked of the engine, what stays in the conversation, and what the words say."""
 
 import asyncio
+import time
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import pytest
 
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, Progress, SamplingDefaults
 from streaming.errors import InvalidRequest
-from streaming.events import FinishEvent, Timings
+from streaming.events import FinishEvent, Timings, TokenEvent
 from streaming.log import EventLog
 from streaming.ui.chat import ChatHandlers, ChatSession
 from streaming.ui.reasoning import begins_in_reasoning, find_tags
@@ -58,6 +59,37 @@ class TestTurns:
         assert len(set(texts)) >= 5
         assert all("five words".startswith(text) for text in texts)
         assert frames[-1]["state"] == "done"
+
+    def test_no_token_waits_longer_than_50_ms_for_a_frame_and_the_last_frame_shows_all(self, chat, engine, monkeypatch):
+        handlers, session = chat
+        text = "as fast as the model can, for a reader who is slow " * 8
+        max_wait_s, frame_s, late_s = 0.050, 0.030, 0.0
+        submitted: list[tuple[float, Generation]] = []
+        shown: list[tuple[float, int]] = []  # when a frame came, and how many characters it showed
+
+        def submit(request, submit=engine.submit):
+            before = time.perf_counter()
+            submitted.append((before, submit(request)))
+            return submitted[0][1]
+
+        async def read_slowly():
+            nonlocal late_s
+            await handlers.send(session, f"say: {text}", *settings(max_new_tokens=1000))
+            async for frame in handlers.stream(session):
+                shown.append((time.perf_counter(), len(frame["message"]["text"])))
+                await asyncio.sleep(frame_s)
+                late_s = max(late_s, time.perf_counter() - shown[-1][0] - frame_s)
+
+        monkeypatch.setattr(engine, "submit", submit)
+        asyncio.run(read_slowly())
+        ((began_at, run),) = submitted
+        made_s = [event.t_s for event in run.log.snapshot() if isinstance(event, TokenEvent) and event.text]
+        assert len(made_s) == len(text), "a token is a character here"
+        assert shown[-1][1] == len(text)
+        assert len(shown) < len(text) / 2, "the reader is slow enough to have tokens joined"
+        waits_s = [next(at for at, n in shown if n > i) - began_at - t_s for i, t_s in enumerate(made_s)]
+        # What the machine was late by in a mere sleep is not the page's doing.
+        assert max(waits_s) <= max_wait_s + late_s
 
     def test_a_reply_keeps_the_models_own_ids_without_the_end_of_turn(self, chat):
         handlers, session = chat

@@ -1,0 +1,1 @@
+"""Conversations that last: what one is (tree.py), and where they are kept (store.py)."""

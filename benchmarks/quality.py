@@ -50,9 +50,10 @@ def by_steps(model: Any) -> Read:
     def read(ids: torch.Tensor) -> Iterator[torch.Tensor]:
         cache = DynamicCache(config=model.config)
         yield model(ids[:, :1], past_key_values=cache, use_cache=True).logits[0].log_softmax(-1)
-        append: Any = step_of(model).continuing(cache)  # type: ignore[union-attr]
-        for token_id in ids[0, 1:].tolist():
-            yield append(token_id).log_softmax(-1)
+        step: Any = step_of(model)
+        with step.continuing(cache) as append:
+            for token_id in ids[0, 1:].tolist():
+                yield append(token_id).log_softmax(-1)
 
     return read
 

@@ -34,10 +34,10 @@ def profile_step() -> None:
     for n_read in (16, 1000):
         cache = DynamicCache(config=model.config)
         model(torch.arange(100, 100 + n_read)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        read = step.continuing(cache)
+        opened = step.open(cache)
 
-        def read_one(read: Any = read, cache: Any = cache) -> None:
-            read(500)
+        def read_one(opened: Any = opened, cache: Any = cache) -> None:
+            step.read([(opened, [500])])
             cache.crop(-1)
 
         rows.append([f"whole step at {n_read:,} positions", microseconds(read_one)])

@@ -35,6 +35,8 @@ class Settings:
     dtype: str = "auto"
     quantize: str = "auto"
     cache_memory: int | None = None
+    max_active: int = 16
+    max_queued: int = 128
     host: str = "127.0.0.1"
     port: int = 7860
     share: bool = False
@@ -96,6 +98,10 @@ class _Parser(argparse.ArgumentParser):
                 help="how weights are packed (default: auto, what suits model and device)"),
             self.add_argument("--cache-memory", metavar="MB", type=_megabytes,
                 help="memory for what was read before, 0 for none (default: a quarter of the free, at most 2048)"),
+            self.add_argument("--max-active", metavar="N", type=_count,
+                help="requests of one person at a time, waiting or running, 0 for any number (default: 16)"),
+            self.add_argument("--max-queued", metavar="N", type=_count,
+                help="requests of all people that may wait, 0 for any number (default: 128)"),
             self.add_argument("--host", type=_text,
                 help=f"address to listen on, 0.0.0.0 for all (default: {host})"),
             self.add_argument("--port", type=_port,
@@ -154,6 +160,12 @@ def _port(value: str) -> int:
 def _megabytes(value: str) -> int:
     if not value.isascii() or not value.isdigit() or int(value) > 2**40:
         raise argparse.ArgumentTypeError(f"must be a whole number of megabytes, not {value!r}")
+    return int(value)
+
+
+def _count(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or int(value) > 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {value!r}")
     return int(value)
 
 

@@ -32,13 +32,13 @@ class ScriptedEngine(LocalEngine):
     other message is said back. Plain prompts go on with " and so on".
     """
 
-    def __init__(self, load: Callable[[Any], LoadedModel] | None = None) -> None:
+    def __init__(self, load: Callable[[Any], LoadedModel] | None = None, **limits: int) -> None:
         self.model = ScriptedModel()
         self.before = self.model.at = _Before()
         self.failed: set[str] = set()
         self.held = threading.Event()
         self.go = threading.Event()
-        super().__init__(load or (lambda progress: loaded(self.model, n_context=N_CONTEXT)), "scripted")
+        super().__init__(load or (lambda progress: loaded(self.model, n_context=N_CONTEXT)), "scripted", **limits)
 
     def _serve(self, run: Run, loaded_model: LoadedModel) -> None:
         request = run.generation.request

@@ -31,6 +31,8 @@ def defer_engine(settings: Settings) -> "DeferredEngine":
             offline=settings.offline,
             cache_dir=settings.cache_dir,
             max_cache_bytes=None if settings.cache_memory is None else settings.cache_memory * 10**6,
+            max_active=settings.max_active,
+            max_queued=settings.max_queued,
         )
 
     return DeferredEngine(make, settings.engine, settings.model or DEFAULT_MODEL.model_id)

@@ -5,7 +5,6 @@ import functools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import Cache, DynamicCache, GenerationConfig
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
 from streaming.engine.decode_loop import decode_loop
 from streaming.engine.prefix_cache import PrefixCache
+from streaming.engine.queue import FairQueue
 from streaming.engine.run import Run, StopStringMet, build_run
 from streaming.engine.sampling import build_processors
 from streaming.errors import EngineClosed, GenerationCancelled, ModelUnavailable, StreamTimeout
@@ -38,12 +38,19 @@ Load = Callable[[Callable[[LoadProgress], None]], LoadedModel]
 
 
 def load_engine(
-    model: str | None = None, *, wait: bool = True, max_cache_bytes: int | None = None, **options: Any
+    model: str | None = None,
+    *,
+    wait: bool = True,
+    max_cache_bytes: int | None = None,
+    max_active: int = 0,
+    max_queued: int = 0,
+    **options: Any,
 ) -> "LocalEngine":
     """Load a model and serve requests with it; None is the default model.
 
     With `wait=False` the model loads in the background while requests wait. `max_cache_bytes` bounds what is kept of
-    earlier requests (see LocalEngine); `options` are `load_model`'s.
+    earlier requests, `max_active` and `max_queued` how many there may be (see LocalEngine); `options` are
+    `load_model`'s.
 
     Raises:
         ModelUnavailable: the model cannot be loaded (with `wait`; else `wait_ready()` and `submit()` raise it).
@@ -52,6 +59,8 @@ def load_engine(
         lambda progress: load_model(model, progress=progress, **options),
         model or "",
         max_cache_bytes=max_cache_bytes,
+        max_active=max_active,
+        max_queued=max_queued,
     )
     if wait:
         try:
@@ -63,16 +72,26 @@ def load_engine(
 
 
 class LocalEngine:
-    """Serve requests with a model in this process, in the order they came.
+    """Serve requests with a model in this process, one at a time; people take turns.
 
     `load` is called once, in the worker thread, with a callback for its progress; requests wait for it. Thread rules:
     every public method may be called from any thread; only the worker touches the model. What was read is kept within
-    `max_cache_bytes` (None: a quarter of the free memory, at most MAX_CACHE_BYTES; 0: nothing).
+    `max_cache_bytes` (None: a quarter of the free memory, at most MAX_CACHE_BYTES; 0: nothing). `max_active` and
+    `max_queued` are FairQueue's limits; a person is a request's `owner`.
     """
 
     kind = "local"
+    n_seats = 1  # how many runs are served at a time
 
-    def __init__(self, load: Load, model_id: str = "", *, max_cache_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        load: Load,
+        model_id: str = "",
+        *,
+        max_cache_bytes: int | None = None,
+        max_active: int = 0,
+        max_queued: int = 0,
+    ) -> None:
         self._load = load
         self._prefixes = PrefixCache(
             _default(max_cache_bytes, min(psutil.virtual_memory().available // 4, MAX_CACHE_BYTES))
@@ -84,8 +103,8 @@ class LocalEngine:
         self._ready = threading.Event()
         self._encoding = threading.Lock()  # encoding changes a tokenizer's settings: one at a time
         self._changed = threading.Condition()
-        self._queue: deque[Run] = deque()
-        self._active: Run | None = None
+        self._queue: FairQueue[Run] = FairQueue(max_active, max_queued)
+        self._reading: Run | None = None  # for which the model is called
         self._closing = False
         self._worker = threading.Thread(target=self._work, name="brook-engine", daemon=True)
         self._worker.start()
@@ -119,7 +138,7 @@ class LocalEngine:
             run = build_run(request, self.defaults, loaded, self._cancel)
         with self._changed:
             self._refuse_if_closing()
-            self._queue.append(run)
+            self._queue.add(run, request.owner)
             self._show_places()
             self._changed.notify_all()
         return run.generation
@@ -133,7 +152,7 @@ class LocalEngine:
     def status(self) -> EngineStatus:
         loaded, progress = self._loaded, self._load_progress
         with self._changed:
-            n_active, n_queued = int(self._active is not None), len(self._queue)
+            n_active, n_queued = len(self._queue.served), self._queue.n_waiting
             closing = self._closing
         if closing:
             return EngineStatus("closed", self.model_id)
@@ -146,9 +165,9 @@ class LocalEngine:
     def close(self) -> None:
         with self._changed:
             self._closing = True
-            if self._active is not None:
-                self._active.cancel()
-            queued, self._queue = list(self._queue), deque()
+            for run in self._queue.served:
+                run.cancel()
+            queued = self._queue.clear()
             self._changed.notify_all()
         for run in queued:
             run.finish("cancelled")
@@ -160,18 +179,20 @@ class LocalEngine:
 
     def _cancel(self, generation: Generation) -> None:
         with self._changed:
-            run = next((run for run in self._queue if run.generation is generation), None)
-            if run is not None:
-                self._queue.remove(run)
-                self._show_places()
-            elif self._active is not None and self._active.generation is generation:
-                self._active.cancel()
-        if run is not None:
-            run.finish("cancelled")
+            runs = [*self._queue, *self._queue.served]
+            run = next((run for run in runs if run.generation is generation), None)
+            if run is None:
+                return
+            run.cancel()
+            if not self._queue.remove(run):
+                return
+            self._show_places()
+        run.queued_s = time.perf_counter() - run.submitted_at
+        run.finish("cancelled")
 
     def _show_places(self) -> None:
-        """Tell the queued runs how many are before them; the lock is held."""
-        n_before = int(self._active is not None)
+        """Tell the waiting runs how many must end before each begins; the lock is held."""
+        n_before = max(0, len(self._queue.served) + 1 - self.n_seats)
         for place, run in enumerate(self._queue):
             run.show(dataclasses.replace(run.generation.progress, n_ahead=n_before + place))
 
@@ -201,9 +222,6 @@ class LocalEngine:
         loaded.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         while (run := self._next_run()) is not None:
             self._serve(run, loaded)
-            with self._changed:
-                self._active = None
-                self._show_places()
         self._loaded = None
 
     def _on_load_progress(self, progress: LoadProgress) -> None:
@@ -211,17 +229,21 @@ class LocalEngine:
 
     def _next_run(self) -> Run | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closing)
-            if self._closing:
-                return None
-            self._active = self._queue.popleft()
+            self._changed.wait_for(lambda: self._queue.n_waiting or self._closing)
+            return self._take()
+
+    def _take(self) -> Run | None:
+        """Begin to serve the next run; the lock is held."""
+        run = None if self._closing else self._queue.take()
+        if run is not None:
+            run.queued_s = time.perf_counter() - run.submitted_at
             self._show_places()
-            return self._active
+        return run
 
     def _serve(self, run: Run, loaded: LoadedModel) -> None:
-        run.queued_s = time.perf_counter() - run.submitted_at
         reason: FinishReason = "error"
         message: str | None = "The model stopped without saying why; try again."
+        self._reading = run
         try:
             self._generate(run, loaded)
             reason, message = ("stop" if run.row.last_id in _eos_ids(loaded.model) else "length"), None
@@ -233,9 +255,17 @@ class LocalEngine:
             logger.exception("generate() failed after %d tokens", run.row.n_tokens)
             message = _explain(error)
         finally:
+            self._reading = None
             if torch.cuda.is_available() and reason == "error":
                 torch.cuda.empty_cache()
-            run.finish(reason, message)
+            self._end(run, reason, message)
+
+    def _end(self, run: Run, reason: FinishReason, message: str | None) -> None:
+        """Free the run's seat, then tell its readers."""
+        with self._changed:
+            self._queue.release(run)
+            self._show_places()
+        run.finish(reason, message)
 
     def _generate(self, run: Run, loaded: LoadedModel) -> None:
         """Call `generate()`; the tokens arrive in the run's log, what was read stays for the owner's next request."""
@@ -282,9 +312,9 @@ class LocalEngine:
         self._prefixes.keep(generation.request.owner, [*generation.prompt_ids, *run.token_ids], cache)
 
     def _before_forward(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._active is not None:
+        if self._reading is not None:
             ids = kwargs.get("input_ids", args[0] if args else None)
-            self._active.before_forward(0 if ids is None else ids.shape[-1])
+            self._reading.before_forward(0 if ids is None else ids.shape[-1])
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

@@ -30,6 +30,8 @@ _SCALE, _SUM, _CORRECTION = 64, 68, 72
 # Unpacked weights of this many bytes stay in the second-level cache between unpacking and multiplying.
 _UNPACK_BYTES = 1 << 20
 
+ROWS_AT_ONCE = 4
+
 # Small functions go into their callers; large ones stay apart, which compiles three times as fast.
 _PREFETCH_BYTES = 2048
 
@@ -111,12 +113,102 @@ def tile_dot(weight, block_bytes, tile, x, groups):
     return acc
 
 
+@inline
+def _dots_4(words, shift, x, row_bytes, a, b, c, d):
+    """Add 2 columns of 4 bits (of 32-bit lanes) times 2 activations of each of four rows to their accumulators."""
+    steps = simd.word_field(words, shift, 15)
+    a = simd.multiply_words(steps, simd.int_load_splat(x), a)
+    b = simd.multiply_words(steps, simd.int_load_splat(x + row_bytes), b)
+    c = simd.multiply_words(steps, simd.int_load_splat(x + 2 * row_bytes), c)
+    d = simd.multiply_words(steps, simd.int_load_splat(x + 3 * row_bytes), d)
+    return a, b, c, d
+
+
+@inline
+def _dots_8(words, shift, x, row_bytes, a, b, c, d):
+    """The same of 8 bits."""
+    steps = simd.word_field(words, shift, 255)
+    a = simd.multiply_words(steps, simd.int_load_splat(x), a)
+    b = simd.multiply_words(steps, simd.int_load_splat(x + row_bytes), b)
+    c = simd.multiply_words(steps, simd.int_load_splat(x + 2 * row_bytes), c)
+    d = simd.multiply_words(steps, simd.int_load_splat(x + 3 * row_bytes), d)
+    return a, b, c, d
+
+
+@inline
+def _add_group(block, block_bytes, even, odd, x, acc):
+    """Add a group's integer products, scaled, and the weights' offset to a row's accumulator."""
+    scale = simd.multiply(simd.load_halves(block), simd.load_splat(x + _SCALE))
+    acc = simd.fma(scale, simd.to_float(simd.int_add(even, odd)), acc)
+    if block_bytes == _Q4:
+        acc = simd.fma(simd.load_halves(block + 32), simd.load_splat(x + _SUM), acc)
+    return acc
+
+
+@apart
+def _four_tile_dots(weight, block_bytes, tile, x, row_bytes, groups, out, out_bytes):
+    """Write 16 rows of weight @ x for four rows of rounded activations, `row_bytes` apart, to `out_bytes` apart."""
+    a = simd.splat(np.float32(0))
+    b, c, d = a, a, a
+    block = weight + tile * groups * block_bytes
+    for _ in range(groups):
+        if block_bytes == _Q4:
+            e0 = simd.int_zero()
+            e1, e2, e3, o0, o1, o2, o3 = e0, e0, e0, e0, e0, e0, e0
+            for j in range(5):
+                simd.prefetch(block + _PREFETCH_BYTES + 64 * j)
+            for j in range(4):
+                words, at = simd.int_load(block + 64 + 64 * j), x + 16 * j
+                e0, e1, e2, e3 = _dots_4(words, 0, at, row_bytes, e0, e1, e2, e3)
+                o0, o1, o2, o3 = _dots_4(words, 4, at + 4, row_bytes, o0, o1, o2, o3)
+                e0, e1, e2, e3 = _dots_4(words, 8, at + 8, row_bytes, e0, e1, e2, e3)
+                o0, o1, o2, o3 = _dots_4(words, 12, at + 12, row_bytes, o0, o1, o2, o3)
+        else:
+            e0, e1 = simd.int_load_splat(x + _CORRECTION), simd.int_load_splat(x + row_bytes + _CORRECTION)
+            e2 = simd.int_load_splat(x + 2 * row_bytes + _CORRECTION)
+            e3 = simd.int_load_splat(x + 3 * row_bytes + _CORRECTION)
+            o0 = simd.int_zero()
+            o1, o2, o3 = o0, o0, o0
+            for j in range(9):
+                simd.prefetch(block + _PREFETCH_BYTES + 64 * j)
+            for j in range(8):
+                words, at = simd.int_load(block + 32 + 64 * j), x + 8 * j
+                e0, e1, e2, e3 = _dots_8(words, 0, at, row_bytes, e0, e1, e2, e3)
+                o0, o1, o2, o3 = _dots_8(words, 8, at + 4, row_bytes, o0, o1, o2, o3)
+        a = _add_group(block, block_bytes, e0, o0, x, a)
+        b = _add_group(block, block_bytes, e1, o1, x + row_bytes, b)
+        c = _add_group(block, block_bytes, e2, o2, x + 2 * row_bytes, c)
+        d = _add_group(block, block_bytes, e3, o3, x + 3 * row_bytes, d)
+        block += block_bytes
+        x += ROUNDED_BYTES
+    simd.store(out, a)
+    simd.store(out + out_bytes, b)
+    simd.store(out + 2 * out_bytes, c)
+    simd.store(out + 3 * out_bytes, d)
+
+
+@apart
+def tile_dots(weight, block_bytes, tile, x, row_bytes, groups, rows, out, out_bytes):
+    """Write 16 rows of weight @ x for `rows` rows of rounded activations, `row_bytes` apart, to `out_bytes` apart.
+
+    Four rows at a time share the unpacking of the weights: both buffers must have room for rows by fours.
+    """
+    row = 0
+    while row < rows:
+        at, to = x + row * row_bytes, out + row * out_bytes
+        if row == rows - 1:
+            simd.store(to, tile_dot(weight, block_bytes, tile, at, groups))
+        else:
+            _four_tile_dots(weight, block_bytes, tile, at, row_bytes, groups, to, out_bytes)
+        row += ROWS_AT_ONCE
+
+
 def int_record(names: str) -> np.dtype[Any]:
     """Return the type of a record of int64 fields, addresses among them, which a kernel takes as its plan."""
     return np.dtype([(name, np.int64) for name in names.split()])
 
 
-_MULTIPLY = int_record("weight block_bytes tiles groups x rounded y rows n_threads")
+_MULTIPLY = int_record("weight block_bytes tiles groups x rounded y rows rows_room n_threads")
 _UNPACK = int_record("weight block_bytes tiles groups out n_threads")
 _TAKE = int_record("weight block_bytes groups rows count lanes out")
 
@@ -129,12 +221,11 @@ def _multiply(address):
     plan = carray(address, 1, _MULTIPLY)[0]
     thread, groups, y_bytes = thread_number(), plan.groups, plan.tiles * TILE_BYTES
     row_bytes = groups * ROUNDED_BYTES
-    x = plan.rounded + thread * plan.rows * row_bytes
+    x = plan.rounded + thread * plan.rows_room * row_bytes
     round_activations(plan.x, x, plan.rows * groups)
     for tile in range(first(plan.tiles, thread, plan.n_threads), first(plan.tiles, thread + 1, plan.n_threads)):
-        for row in range(plan.rows):
-            dot = tile_dot(plan.weight, plan.block_bytes, tile, x + row * row_bytes, groups)
-            simd.store(plan.y + row * y_bytes + tile * TILE_BYTES, dot)
+        y = plan.y + tile * TILE_BYTES
+        tile_dots(plan.weight, plan.block_bytes, tile, x, row_bytes, groups, plan.rows, y, y_bytes)
 
 
 @inline
@@ -182,12 +273,13 @@ def _take_rows(address):
 def multiply(packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return x @ weight.T for a few rows: float32 `(rows, columns)` to float32 `(rows, 16 * tiles)`."""
     tiles, groups, block_bytes = packed.shape
-    n_threads = parallel.team_size()
-    y = torch.empty(len(x), tiles * TILE_ROWS)
-    rounded = torch.empty(n_threads, len(x), groups * ROUNDED_BYTES, dtype=torch.uint8)
+    n_threads, rows_room = parallel.team_size(), by_fours(len(x))
+    y = torch.empty(rows_room, tiles * TILE_ROWS)
+    rounded = torch.empty(n_threads, rows_room, groups * ROUNDED_BYTES, dtype=torch.uint8)
     addresses = (x.data_ptr(), rounded.data_ptr(), y.data_ptr())
-    _run(_multiply, (packed.data_ptr(), block_bytes, tiles, groups, *addresses, len(x), n_threads), n_threads)
-    return y
+    sizes = (block_bytes, tiles, groups)
+    _run(_multiply, (packed.data_ptr(), *sizes, *addresses, len(x), rows_room, n_threads), n_threads)
+    return y[: len(x)]
 
 
 def multiply_unpacked(packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -209,11 +301,16 @@ def multiply_unpacked(packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def take_rows(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return the float32 rows `(*rows.shape, columns)` of a packed weight, as an embedding does."""
     _, groups, block_bytes = packed.shape
-    indices = rows.contiguous()
+    indices = rows.to(torch.int64).contiguous()
     out = torch.empty(*rows.shape, groups * GROUP_COLUMNS)
     addresses = (indices.data_ptr(), indices.numel(), _LANES.ctypes.data, out.data_ptr())
     _run(_take_rows, (packed.data_ptr(), block_bytes, groups, *addresses), 1)
     return out
+
+
+def by_fours(rows: int) -> int:
+    """Return for how many rows `tile_dots` needs room."""
+    return -(-rows // ROWS_AT_ONCE) * ROWS_AT_ONCE
 
 
 def _run(compiled: Any, plan: tuple[int, ...], n_threads: int) -> None:

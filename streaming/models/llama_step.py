@@ -1,7 +1,6 @@
 """The compiled decoding step, prepared for one model: which models it fits, and what it needs to know of them."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,10 +17,10 @@ from transformers import (
 
 from streaming.models import parallel
 from streaming.models.int4 import PackedLinear
-from streaming.models.kernels import ROUNDED_BYTES
+from streaming.models.kernels import ROUNDED_BYTES, by_fours
 from streaming.models.kv_cache import BLOCK_TOKENS, GrowingLayer, make_growing
 from streaming.models.packing import GROUP_COLUMNS, TILE_ROWS
-from streaming.models.step_kernel import ATTENTION_COLUMNS, LAYER, PHASES_A_LAYER, SETTINGS, decode_step
+from streaming.models.step_kernel import ATTENTION_COLUMNS, LAYER, PHASES_A_LAYER, ROW, SETTINGS, decode_step
 
 _KNOWN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -38,6 +37,39 @@ def step_of(model: Any) -> "LlamaStep | None":
     return _steps[model]
 
 
+class OpenCache:
+    """A cache of one sequence that the compiled step reads and appends to; `cache` stays usable as it was.
+
+    Made by `LlamaStep.open`.
+    """
+
+    def __init__(self, layers: list[GrowingLayer]) -> None:
+        self._layers = layers
+        self._rooms = np.empty((len(self._layers), 2), np.int64)
+        self._capacity = 0
+
+    @property
+    def length(self) -> int:
+        """How many positions are read."""
+        return self._layers[0].length
+
+    def make_room(self, n_tokens: int) -> tuple[int, int]:
+        """Have room for `n_tokens` more; return how many positions fit, and the address of the rooms' addresses."""
+        if self.length + n_tokens > self._capacity:
+            for addresses, layer in zip(self._rooms, self._layers, strict=True):
+                layer.reserve(self.length + n_tokens)
+                assert layer.key_room is not None
+                assert layer.value_room is not None
+                addresses[:] = layer.key_room.data_ptr(), layer.value_room.data_ptr()
+            self._capacity = min(layer.capacity for layer in self._layers)
+        return self._capacity, self._rooms.ctypes.data
+
+    def append(self, n_tokens: int) -> None:
+        """Take note that `n_tokens` more are read."""
+        for layer in self._layers:
+            layer.length += n_tokens
+
+
 class LlamaStep:
     """The decoding step of one model. Not thread-safe."""
 
@@ -45,11 +77,9 @@ class LlamaStep:
         # The model owns this object through a weak dictionary: only its parts may be kept.
         self._embed, self._rotary, self._head = model.model.embed_tokens, model.model.rotary_emb, model.lm_head
         config, attention = model.config, model.model.layers[0].self_attn
-        heads, head_dim = config.num_attention_heads, attention.head_dim
-        widest = max(config.intermediate_size, heads * head_dim, config.hidden_size)
-        self._rounded_bytes = widest // GROUP_COLUMNS * ROUNDED_BYTES + config.hidden_size * 4
-        self._hidden, self._gated = torch.empty(config.hidden_size), torch.empty(config.intermediate_size)
-        self._queries, self._attended = torch.empty(heads * head_dim), torch.empty(heads * head_dim)
+        self._hidden, self._intermediate = config.hidden_size, config.intermediate_size
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._head_dim = attention.head_dim
         self._layers = np.zeros(config.num_hidden_layers, LAYER)
         for record, layer in zip(self._layers, model.model.layers, strict=True):
             _describe_layer(record, layer)
@@ -60,69 +90,96 @@ class LlamaStep:
             n_layers=config.num_hidden_layers,
             layers=self._layers.ctypes.data,
             hidden=config.hidden_size,
-            heads=heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=head_dim,
+            heads=self._heads,
+            kv_heads=self._kv_heads,
+            head_dim=self._head_dim,
             intermediate=config.intermediate_size,
             final_norm=model.model.norm.weight.data_ptr(),
             head=self._head.weight.data_ptr(),
             head_b=self._head.weight.shape[-1],
             head_tiles=self._head.weight.shape[0],
-            rounded_stride=self._rounded_bytes,
-            x=self._hidden.data_ptr(),
-            queries=self._queries.data_ptr(),
-            attended=self._attended.data_ptr(),
-            gated=self._gated.data_ptr(),
         )
-        self._capacity, self._n_threads = 0, 0
+        self._room_for = (0, 0, 0)  # rows, positions, threads
+
+    def open(self, cache: DynamicCache) -> OpenCache:
+        """Make a cache of one sequence ready, empty or not; its layers become GrowingLayers of float16.
+
+        `is_continuable(cache)` must hold.
+        """
+        layers = make_growing(cache, torch.float16)
+        for layer in layers:
+            if not layer.is_initialized:
+                nothing = torch.empty(1, self._kv_heads, 0, self._head_dim)
+                layer.lazy_initialization(nothing, nothing)
+        return OpenCache(layers)
 
     @contextmanager
     def continuing(self, cache: DynamicCache) -> Iterator[Callable[[int], torch.Tensor]]:
-        """Give a function that appends a token to a cache of one sequence and returns the logits after it.
+        """Give a function that appends a token to a cache and returns the logits after it, float32 `(1, vocab)`."""
+        opened = self.open(cache)
+        yield lambda token_id: self.read([(opened, [token_id])])
 
-        `is_continuable(cache)` must hold; its layers become GrowingLayers of float16. Logits are float32 `(1, vocab)`.
+    def read(self, pieces: Sequence[tuple[OpenCache, Sequence[int]]], wanted: Sequence[int] = (0,)) -> torch.Tensor:
+        """Append tokens to several caches at once.
+
+        `wanted` are the rows, numbered through all pieces, after which the logits are returned: float32
+        `(len(wanted), vocab)`.
         """
-        layers = make_growing(cache, torch.float16)
-        self._capacity = 0
-        yield functools.partial(self._read, layers)
-
-    def _read(self, layers: list[GrowingLayer], token_id: int) -> torch.Tensor:
-        position, n_threads = layers[0].length, parallel.team_size()
-        if position + 1 > self._capacity or n_threads != self._n_threads:
-            self._make_room(layers, position + 1, n_threads)
-        logits = torch.empty(1, self._head.weight.shape[0] * TILE_ROWS)
-        self._hidden.copy_(self._embed(torch.tensor([token_id]))[0])
-        row = position * self._cos.shape[-1] * 4
-        self._set(position=position, cos=self._cos.data_ptr() + row, sin=self._sin.data_ptr() + row)
-        self._set(logits=logits.data_ptr())
+        token_ids = [token_id for _, ids in pieces for token_id in ids]
+        places = [(cache, cache.length, *cache.make_room(len(ids)), len(ids)) for cache, ids in pieces]
+        self._make_room(len(token_ids), max(capacity for _, _, capacity, _, _ in places), parallel.team_size())
+        row = 0
+        for _, start, capacity, rooms, n_tokens in places:
+            table = self._rows[row : row + n_tokens]
+            table["position"] = positions = np.arange(start, start + n_tokens)
+            table["capacity"], table["rooms"] = capacity, rooms
+            table["cos"] = self._cos.data_ptr() + positions * self._cos.stride(0) * 4
+            table["sin"] = self._sin.data_ptr() + positions * self._sin.stride(0) * 4
+            row += n_tokens
+        self._x[: len(token_ids)] = self._embed(torch.tensor(token_ids))
+        numbers = np.array(wanted, np.int64)
+        logits = torch.empty(by_fours(len(wanted)), self._head.weight.shape[0] * TILE_ROWS)
+        self._set(n_rows=len(token_ids), n_wanted=len(wanted), wanted=numbers.ctypes.data, logits=logits.data_ptr())
         self._phases.zero_()
-        parallel.run(decode_step, self._settings.ctypes.data, n_threads)
-        for layer in layers:
-            layer.length = position + 1
-        return logits[:, : self._head.out_features]
+        parallel.run(decode_step, self._settings.ctypes.data, self._room_for[-1])
+        for cache, ids in pieces:
+            cache.append(len(ids))
+        return logits[: len(wanted), : self._head.out_features]
 
-    def _make_room(self, layers: list[GrowingLayer], length: int, n_threads: int) -> None:
-        for record, layer in zip(self._layers, layers, strict=True):
-            layer.reserve(length)
-            assert layer.key_room is not None
-            assert layer.value_room is not None
-            record["keys"], record["values"] = layer.key_room.data_ptr(), layer.value_room.data_ptr()
-        self._capacity, self._n_threads = min(layer.capacity for layer in layers), n_threads
-        positions = torch.arange(self._capacity)[None]
-        cos, sin = self._rotary(self._hidden, positions)
+    def _make_room(self, n_rows: int, n_positions: int, n_threads: int) -> None:
+        rows, positions, threads = self._room_for
+        if n_rows <= rows and n_positions <= positions and n_threads == threads:
+            return
+        rows, positions = by_fours(max(rows, n_rows)), max(positions, n_positions)
+        self._room_for = (rows, positions, n_threads)
+        cos, sin = self._rotary(torch.empty(1), torch.arange(positions)[None])
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
-        self._rounded = torch.empty(n_threads, self._rounded_bytes, dtype=torch.uint8)
-        self._scores = torch.empty(n_threads, self._capacity + BLOCK_TOKENS)
-        phase_bytes, n_phases = parallel.phase_bytes(n_threads), PHASES_A_LAYER * len(layers) + 1
+        self._rows = np.zeros(rows, ROW)
+        attended = self._heads * self._head_dim
+        self._x, self._gated = torch.empty(rows, self._hidden), torch.empty(rows, self._intermediate)
+        self._queries, self._attended = torch.empty(rows, attended), torch.empty(rows, attended)
+        widest = max(self._intermediate, attended, self._hidden)
+        rounded_bytes = rows * widest // GROUP_COLUMNS * ROUNDED_BYTES + self._hidden * 4
+        self._rounded = torch.empty(n_threads, rounded_bytes, dtype=torch.uint8)
+        self._room = torch.empty(n_threads, rows * self._head_dim)
+        self._scores = torch.empty(n_threads, positions + BLOCK_TOKENS)
+        phase_bytes, n_phases = parallel.phase_bytes(n_threads), PHASES_A_LAYER * len(self._layers) + 1
         self._phases = torch.empty(n_phases * phase_bytes, dtype=torch.uint8)
         self._set(
             n_threads=n_threads,
             phases=self._phases.data_ptr(),
             phase_bytes=phase_bytes,
-            capacity=self._capacity,
+            rows=self._rows.ctypes.data,
+            x=self._x.data_ptr(),
+            gated=self._gated.data_ptr(),
+            queries=self._queries.data_ptr(),
+            attended=self._attended.data_ptr(),
             rounded=self._rounded.data_ptr(),
+            rounded_bytes=rounded_bytes,
+            room=self._room.data_ptr(),
+            room_bytes=self._room.stride(0) * 4,
             scores=self._scores.data_ptr(),
-            scores_stride=self._scores.shape[1] * 4,
+            scores_bytes=self._scores.stride(0) * 4,
         )
 
     def _set(self, **fields: int) -> None:

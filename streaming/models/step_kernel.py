@@ -1,9 +1,12 @@
-"""One token through a whole Llama-like decoder in one compiled call.
+"""Some tokens through a whole Llama-like decoder in one compiled call.
 
 Between small operators PyTorch spends longer than in them: a 30-layer model makes some 600 calls a token. Here each
 thread of a team runs the whole step, its share of heads and rows of each of five phases a layer. Numbers are
 float32; linear weights are packed (streaming.models.packing), keys and values are kept in float16, which halves what
 attention reads from memory.
+
+A token is a row. Rows may belong to different sequences, each with keys and values of its own, or follow one another
+in one: keys and values of all rows are written before any row attends. Weights are unpacked once for four rows.
 """
 
 import math
@@ -20,7 +23,7 @@ from streaming.models.kernels import (
     int_record,
     kernel,
     round_activations,
-    tile_dot,
+    tile_dots,
 )
 from streaming.models.packing import GROUP_COLUMNS, TILE_ROWS
 from streaming.models.parallel import finish_unit, take_unit, thread_number, wait_for_phase
@@ -29,15 +32,21 @@ from streaming.models.parallel import finish_unit, take_unit, thread_number, wai
 # addresses of float32 values, 0 where the model has none.
 LAYER = int_record(
     "input_norm q q_b k k_b v v_b q_bias k_bias v_bias q_norm k_norm o o_b o_bias"
-    " post_norm gate gate_b up up_b down down_b keys values"
+    " post_norm gate gate_b up up_b down down_b"
 )
+# A row's token is at `position` of a sequence whose keys and values have room for `capacity`; `rooms` is the address
+# of their addresses, a layer's keys and values one after the other. `cos` and `sin` are the position's.
+ROW = int_record("position capacity cos sin rooms")
+# Rows of `x`, `queries`, `attended` and `gated` are as long as their names say; `wanted` is the address of the numbers
+# of the rows whose logits are asked for, `n_wanted` of them.
 STEP = int_record(
-    "n_threads n_layers layers hidden heads kv_heads head_dim intermediate position capacity cos sin final_norm head"
-    " head_b head_tiles logits x queries attended gated rounded rounded_stride scores scores_stride phases phase_bytes"
+    "n_threads n_layers layers n_rows rows hidden heads kv_heads head_dim intermediate final_norm head head_b"
+    " head_tiles n_wanted wanted logits x queries attended gated rounded rounded_bytes room room_bytes scores"
+    " scores_bytes phases phase_bytes"
 )
 SETTINGS = np.dtype([("step", STEP), ("norm_eps", np.float32), ("attention_scale", np.float32)])
 
-_FLOAT, _HALF = 4, 2
+_FLOAT, _HALF, _INT = 4, 2, 8
 
 # Tiles in a unit of work, so that a unit takes a few microseconds.
 _OUT_TILES, _GATE_TILES, _DOWN_TILES, _HEAD_TILES = 4, 4, 2, 32
@@ -45,6 +54,12 @@ PHASES_A_LAYER = 5
 
 # The columns of a head that attention takes at once.
 ATTENTION_COLUMNS = 64
+
+
+@inline
+def _int(address):
+    """Return the int64 at an address."""
+    return carray(simd.pointer(address), 1, np.int64)[0]
 
 
 @inline
@@ -75,17 +90,6 @@ def _rotate(head, cos, sin, head_dim):
         simd.store(head + at, simd.fma(minus_b, simd.load(sin + at), simd.multiply(a, simd.load(cos + at))))
         rotated = simd.multiply(b, simd.load(cos + half + at))
         simd.store(head + half + at, simd.fma(a, simd.load(sin + half + at), rotated))
-
-
-@inline
-def _project_head(weight, block_bytes, bias, index, rounded, out, step):
-    """Write one head's rows of weight @ x (+ bias) to `out`."""
-    tiles = step.head_dim // TILE_ROWS
-    for tile in range(tiles):
-        dot = tile_dot(weight, block_bytes, index * tiles + tile, rounded, step.hidden // GROUP_COLUMNS)
-        if bias:
-            dot = simd.add(dot, simd.load(bias + (index * tiles + tile) * TILE_BYTES))
-        simd.store(out + tile * TILE_BYTES, dot)
 
 
 @apart
@@ -146,104 +150,140 @@ def _keep(x, cached, head_dim):
 
 
 @inline
-def _norm_and_round(x, weight, step, norm_eps, rounded):
-    """Normalize the residual stream and round it to `rounded`, behind which there is room for the float values."""
-    groups = step.hidden // GROUP_COLUMNS
+def _norm_and_round(x, weight, count, norm_eps, rounded):
+    """Normalize a row and round it to `rounded`, behind which there is room for its float values."""
+    groups = count // GROUP_COLUMNS
     normed = rounded + groups * ROUNDED_BYTES
-    _scale_by(x, weight, _norm_factor(x, step.hidden, norm_eps), normed, step.hidden)
+    _scale_by(x, weight, _norm_factor(x, count, norm_eps), normed, count)
     round_activations(normed, rounded, groups)
 
 
 @inline
-def _project_unit(step, layer, unit, rounded, norm_eps, scale, room):
-    """One head's query, key or value at the new position; keys and values go into the cache by way of `room`."""
-    heads, kv_heads, dim = step.heads, step.kv_heads, step.head_dim
-    head = unit if unit < heads else (unit - heads) % kv_heads
-    cached = (head * step.capacity + step.position) * dim * _HALF
-    if unit >= heads + kv_heads:
-        _project_head(layer.v, layer.v_b, layer.v_bias, head, rounded, room, step)
-        _keep(room, layer.values + cached, dim)
-        return
-    if unit >= heads:
-        out, norm = room, layer.k_norm
-        _project_head(layer.k, layer.k_b, layer.k_bias, head, rounded, out, step)
-    else:
-        out, norm = step.queries + head * dim * _FLOAT, layer.q_norm
-        _project_head(layer.q, layer.q_b, layer.q_bias, head, rounded, out, step)
-    if norm:
-        _scale_by(out, norm, _norm_factor(out, dim, norm_eps), out, dim)
-    _rotate(out, step.cos, step.sin, dim)
-    if unit >= heads:
-        _keep(out, layer.keys + cached, dim)
-    else:
-        for at in range(out, out + dim * _FLOAT, TILE_BYTES):
-            simd.store(at, simd.multiply(simd.load(at), simd.splat(scale)))
+def _norm_and_round_all(step, weight, norm_eps, rounded):
+    """Normalize and round the residual stream of every row."""
+    # A row's float values lie where the next row's rounded ones will.
+    for row in range(step.n_rows):
+        at = rounded + row * (step.hidden // GROUP_COLUMNS * ROUNDED_BYTES)
+        _norm_and_round(step.x + row * step.hidden * _FLOAT, weight, step.hidden, norm_eps, at)
 
 
 @inline
-def _project(step, layer, phase, thread, rounded, norm_eps, scale, room):
+def _project_head(step, weight, block_bytes, bias, index, rounded, room):
+    """Write one head's rows of weight @ x (+ bias), for every row of x, to `room`, a head after the other."""
+    tiles, head_bytes, groups = step.head_dim // TILE_ROWS, step.head_dim * _FLOAT, step.hidden // GROUP_COLUMNS
+    for tile in range(tiles):
+        number, out = index * tiles + tile, room + tile * TILE_BYTES
+        tile_dots(weight, block_bytes, number, rounded, groups * ROUNDED_BYTES, groups, step.n_rows, out, head_bytes)
+        if bias:
+            for at in range(out, out + step.n_rows * head_bytes, head_bytes):
+                simd.store(at, simd.add(simd.load(at), simd.load(bias + number * TILE_BYTES)))
+
+
+@inline
+def _project_unit(step, layer, rows, index, unit, rounded, norm_eps, scale, room):
+    """One head's queries, keys or values at the rows' positions; keys and values go into the rows' rooms."""
+    heads, kv_heads, dim = step.heads, step.kv_heads, step.head_dim
+    head = unit if unit < heads else (unit - heads) % kv_heads
+    if unit >= heads + kv_heads:
+        _project_head(step, layer.v, layer.v_b, layer.v_bias, head, rounded, room)
+        for number in range(step.n_rows):
+            row = rows[number]
+            values = _int(row.rooms + (2 * index + 1) * _INT)
+            _keep(room + number * dim * _FLOAT, values + (head * row.capacity + row.position) * dim * _HALF, dim)
+        return
+    if unit >= heads:
+        norm = layer.k_norm
+        _project_head(step, layer.k, layer.k_b, layer.k_bias, head, rounded, room)
+    else:
+        norm = layer.q_norm
+        _project_head(step, layer.q, layer.q_b, layer.q_bias, head, rounded, room)
+    for number in range(step.n_rows):
+        row, out = rows[number], room + number * dim * _FLOAT
+        if norm:
+            _scale_by(out, norm, _norm_factor(out, dim, norm_eps), out, dim)
+        _rotate(out, row.cos, row.sin, dim)
+        if unit >= heads:
+            keys = _int(row.rooms + 2 * index * _INT)
+            _keep(out, keys + (head * row.capacity + row.position) * dim * _HALF, dim)
+        else:
+            query = step.queries + (number * heads + head) * dim * _FLOAT
+            for at in range(0, dim * _FLOAT, TILE_BYTES):
+                simd.store(query + at, simd.multiply(simd.load(out + at), simd.splat(scale)))
+
+
+@inline
+def _project(step, layer, rows, index, phase, thread, rounded, norm_eps, scale, room):
     """Queries, keys and values of the normalized residual stream, a head a unit."""
     n_units = step.heads + 2 * step.kv_heads
     unit = take_unit(phase, n_units, thread, step.n_threads)
     if unit >= 0:
-        _norm_and_round(step.x, layer.input_norm, step, norm_eps, rounded)
+        _norm_and_round_all(step, layer.input_norm, norm_eps, rounded)
     while unit >= 0:
-        _project_unit(step, layer, unit, rounded, norm_eps, scale, room)
+        _project_unit(step, layer, rows, index, unit, rounded, norm_eps, scale, room)
         finish_unit(phase, n_units)
         unit = take_unit(phase, n_units, thread, step.n_threads)
     wait_for_phase(phase, n_units)
 
 
 @inline
-def _attend_all(step, layer, phase, thread, scores):
-    """Attention of every query head over the positions so far, a head a unit."""
-    dim = step.head_dim
-    head = take_unit(phase, step.heads, thread, step.n_threads)
-    while head >= 0:
-        cached = head * step.kv_heads // step.heads * step.capacity * dim * _HALF
-        at = head * dim * _FLOAT
-        keys, values = layer.keys + cached, layer.values + cached
-        _attend(step.queries + at, keys, values, step.position + 1, scores, step.attended + at, dim)
-        finish_unit(phase, step.heads)
-        head = take_unit(phase, step.heads, thread, step.n_threads)
-    wait_for_phase(phase, step.heads)
+def _attend_all(step, rows, index, phase, thread, scores):
+    """Attention of every row's query heads over the positions so far, a head of a row a unit."""
+    dim, n_units = step.head_dim, step.heads * step.n_rows
+    unit = take_unit(phase, n_units, thread, step.n_threads)
+    while unit >= 0:
+        row, head = rows[unit // step.heads], unit % step.heads
+        cached = head * step.kv_heads // step.heads * row.capacity * dim * _HALF
+        keys, values = _int(row.rooms + 2 * index * _INT), _int(row.rooms + (2 * index + 1) * _INT)
+        at = unit * dim * _FLOAT
+        length = row.position + 1
+        _attend(step.queries + at, keys + cached, values + cached, length, scores, step.attended + at, dim)
+        finish_unit(phase, n_units)
+        unit = take_unit(phase, n_units, thread, step.n_threads)
+    wait_for_phase(phase, n_units)
 
 
 @inline
-def _add_product(step, weight, block_bytes, bias, x, columns, unit_tiles, phase, thread, rounded):
+def _add_product(step, weight, block_bytes, bias, x, columns, unit_tiles, phase, thread, rounded, room):
     """Add weight @ x (+ bias) to the residual stream, `unit_tiles` tiles a unit."""
     tiles, groups = step.hidden // TILE_ROWS, columns // GROUP_COLUMNS
     n_units = -(-tiles // unit_tiles)
     unit = take_unit(phase, n_units, thread, step.n_threads)
     if unit >= 0:
-        round_activations(x, rounded, groups)
+        round_activations(x, rounded, step.n_rows * groups)
     while unit >= 0:
         for tile in range(unit * unit_tiles, min(tiles, (unit + 1) * unit_tiles)):
-            dot = tile_dot(weight, block_bytes, tile, rounded, groups)
-            if bias:
-                dot = simd.add(dot, simd.load(bias + tile * TILE_BYTES))
-            at = step.x + tile * TILE_BYTES
-            simd.store(at, simd.add(simd.load(at), dot))
+            row_bytes = groups * ROUNDED_BYTES
+            tile_dots(weight, block_bytes, tile, rounded, row_bytes, groups, step.n_rows, room, TILE_BYTES)
+            for row in range(step.n_rows):
+                dot = simd.load(room + row * TILE_BYTES)
+                if bias:
+                    dot = simd.add(dot, simd.load(bias + tile * TILE_BYTES))
+                at = step.x + row * step.hidden * _FLOAT + tile * TILE_BYTES
+                simd.store(at, simd.add(simd.load(at), dot))
         finish_unit(phase, n_units)
         unit = take_unit(phase, n_units, thread, step.n_threads)
     wait_for_phase(phase, n_units)
 
 
 @inline
-def _gate(step, layer, phase, thread, rounded, norm_eps):
+def _gate(step, layer, phase, thread, rounded, norm_eps, room):
     """silu(gate @ x) * (up @ x) of the normalized residual stream."""
-    tiles, groups = step.intermediate // TILE_ROWS, step.hidden // GROUP_COLUMNS
+    tiles, groups, n_rows = step.intermediate // TILE_ROWS, step.hidden // GROUP_COLUMNS, step.n_rows
     n_units = -(-tiles // _GATE_TILES)
     unit = take_unit(phase, n_units, thread, step.n_threads)
     if unit >= 0:
-        _norm_and_round(step.x, layer.post_norm, step, norm_eps, rounded)
+        _norm_and_round_all(step, layer.post_norm, norm_eps, rounded)
     while unit >= 0:
         for tile in range(unit * _GATE_TILES, min(tiles, (unit + 1) * _GATE_TILES)):
-            gate = tile_dot(layer.gate, layer.gate_b, tile, rounded, groups)
-            up = tile_dot(layer.up, layer.up_b, tile, rounded, groups)
-            one = simd.splat(np.float32(1))
-            inverse = simd.add(one, simd.exp(simd.multiply(gate, simd.splat(np.float32(-1)))))
-            simd.store(step.gated + tile * TILE_BYTES, simd.multiply(simd.divide(gate, inverse), up))
+            row_bytes, out = groups * ROUNDED_BYTES, step.gated + tile * TILE_BYTES
+            out_bytes = step.intermediate * _FLOAT
+            tile_dots(layer.gate, layer.gate_b, tile, rounded, row_bytes, groups, n_rows, room, TILE_BYTES)
+            tile_dots(layer.up, layer.up_b, tile, rounded, row_bytes, groups, n_rows, out, out_bytes)
+            for row in range(n_rows):
+                gate, at = simd.load(room + row * TILE_BYTES), out + row * out_bytes
+                one = simd.splat(np.float32(1))
+                inverse = simd.add(one, simd.exp(simd.multiply(gate, simd.splat(np.float32(-1)))))
+                simd.store(at, simd.multiply(simd.divide(gate, inverse), simd.load(at)))
         finish_unit(phase, n_units)
         unit = take_unit(phase, n_units, thread, step.n_threads)
     wait_for_phase(phase, n_units)
@@ -251,15 +291,18 @@ def _gate(step, layer, phase, thread, rounded, norm_eps):
 
 @inline
 def _predict(step, phase, thread, rounded, norm_eps):
-    """The logits: the output head over the normalized residual stream."""
-    n_units = -(-step.head_tiles // _HEAD_TILES)
+    """The logits of the wanted rows: the output head over the normalized residual stream."""
+    n_units, groups = -(-step.head_tiles // _HEAD_TILES), step.hidden // GROUP_COLUMNS
+    row_bytes = groups * ROUNDED_BYTES
     unit = take_unit(phase, n_units, thread, step.n_threads)
     if unit >= 0:
-        _norm_and_round(step.x, step.final_norm, step, norm_eps, rounded)
+        for number in range(step.n_wanted):
+            x = step.x + _int(step.wanted + number * _INT) * step.hidden * _FLOAT
+            _norm_and_round(x, step.final_norm, step.hidden, norm_eps, rounded + number * row_bytes)
     while unit >= 0:
         for tile in range(unit * _HEAD_TILES, min(step.head_tiles, (unit + 1) * _HEAD_TILES)):
-            dot = tile_dot(step.head, step.head_b, tile, rounded, step.hidden // GROUP_COLUMNS)
-            simd.store(step.logits + tile * TILE_BYTES, dot)
+            out, out_bytes = step.logits + tile * TILE_BYTES, step.head_tiles * TILE_BYTES
+            tile_dots(step.head, step.head_b, tile, rounded, row_bytes, groups, step.n_wanted, out, out_bytes)
         finish_unit(phase, n_units)
         unit = take_unit(phase, n_units, thread, step.n_threads)
     wait_for_phase(phase, n_units)
@@ -267,29 +310,29 @@ def _predict(step, phase, thread, rounded, norm_eps):
 
 @kernel
 def decode_step(address):
-    """Run one token whose embedding is at `x`; leaves its logits, and its keys and values in the cache."""
+    """Run the rows whose embeddings are at `x`; leaves their logits, and their keys and values in the caches."""
     settings = carray(address, 1, SETTINGS)[0]
     step, norm_eps, scale = settings.step, settings.norm_eps, settings.attention_scale
     layers = carray(simd.pointer(step.layers), step.n_layers, LAYER)
+    rows = carray(simd.pointer(step.rows), step.n_rows, ROW)
     thread = thread_number()
     # Each thread rounds all activations for itself, which is cheaper than another phase.
-    rounded = step.rounded + thread * step.rounded_stride
-    scores = step.scores + thread * step.scores_stride
+    rounded = step.rounded + thread * step.rounded_bytes
+    scores, room = step.scores + thread * step.scores_bytes, step.room + thread * step.room_bytes
     attended_columns, phase = step.heads * step.head_dim, step.phases
     for index in range(step.n_layers):
         layer = layers[index]
-        _project(step, layer, phase, thread, rounded, norm_eps, scale, scores)
+        _project(step, layer, rows, index, phase, thread, rounded, norm_eps, scale, room)
         phase += step.phase_bytes
-        _attend_all(step, layer, phase, thread, scores)
+        _attend_all(step, rows, index, phase, thread, scores)
         phase += step.phase_bytes
-        _add_product(
-            step, layer.o, layer.o_b, layer.o_bias, step.attended, attended_columns, _OUT_TILES, phase, thread, rounded
-        )
+        x, columns = step.attended, attended_columns
+        _add_product(step, layer.o, layer.o_b, layer.o_bias, x, columns, _OUT_TILES, phase, thread, rounded, room)
         phase += step.phase_bytes
-        _gate(step, layer, phase, thread, rounded, norm_eps)
+        _gate(step, layer, phase, thread, rounded, norm_eps, room)
         phase += step.phase_bytes
-        _add_product(
-            step, layer.down, layer.down_b, 0, step.gated, step.intermediate, _DOWN_TILES, phase, thread, rounded
-        )
+        x, columns = step.gated, step.intermediate
+        _add_product(step, layer.down, layer.down_b, 0, x, columns, _DOWN_TILES, phase, thread, rounded, room)
         phase += step.phase_bytes
-    _predict(step, phase, thread, rounded, norm_eps)
+    if step.n_wanted:
+        _predict(step, phase, thread, rounded, norm_eps)

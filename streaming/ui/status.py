@@ -20,7 +20,7 @@ def describe_progress(progress: Progress, n_tokens: int, writing_s: float) -> st
     """Say where a running reply is; `writing_s` counts seconds since its first token."""
     if progress.state == "waiting":
         if progress.n_ahead:
-            return f"Waiting · {progress.n_ahead} ahead"
+            return f"Waiting · {progress.n_ahead} ahead of you"
         return "Waiting"
     if n_tokens == 0:
         percent = 100 * progress.n_read // max(1, progress.n_to_read)

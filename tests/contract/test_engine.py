@@ -10,9 +10,9 @@ import torch
 
 from streaming.engine.base import Generation, GenerationRequest
 from streaming.engine.local import PREFILL_CHUNK_TOKENS, LocalEngine
-from streaming.errors import EngineClosed, InvalidRequest, PromptTooLong, StreamTimeout
+from streaming.errors import EngineBusy, EngineClosed, InvalidRequest, PromptTooLong, StreamTimeout
 from streaming.events import FinishEvent, TokenEvent
-from tests.tiny import ScriptedModel, byte_tokenizer, loaded, tiny_llama
+from tests.tiny import N_CONTEXT, ScriptedModel, byte_tokenizer, loaded, tiny_llama
 
 WAIT_S = 30
 EOS = 258
@@ -23,8 +23,8 @@ def serve():
     """Start engines on models, and close them at the end."""
     engines = []
 
-    def start(model, **options) -> LocalEngine:
-        engine = LocalEngine(lambda progress: loaded(model, **options))
+    def start(model, n_context=N_CONTEXT, **options) -> LocalEngine:
+        engine = LocalEngine(lambda progress: loaded(model, n_context=n_context), **options)
         engines.append(engine)
         return engine
 
@@ -246,6 +246,47 @@ class TestQueue:
         finishes = [run.result(WAIT_S).finish for run in runs]
         assert finishes[0].timings.queued_s < finishes[1].timings.queued_s < finishes[2].timings.queued_s
         assert [run.progress.state for run in runs] == ["done"] * 3
+
+    def test_people_take_turns_and_their_places_move(self, serve):
+        started, hold = threading.Event(), threading.Semaphore(0)
+
+        def wait():
+            started.set()
+            assert hold.acquire(timeout=WAIT_S)
+
+        engine = serve(scripted("a", {0: wait}))
+        first = say(engine, owner="ann")
+        assert started.wait(WAIT_S)
+        runs = [say(engine, owner=owner) for owner in ("ann", "ann", "bob")]
+        assert [run.progress.n_ahead for run in runs] == [1, 3, 2]
+        runs[0].cancel()
+        assert runs[0].result(timeout=0).finish.timings.queued_s > 0
+        assert [run.progress.n_ahead for run in runs] == [0, 1, 2]
+        hold.release(3)
+        for run in [first, *runs]:
+            run.result(WAIT_S)
+        assert runs[1].finish.timings.queued_s < runs[2].finish.timings.queued_s
+
+    def test_beyond_the_limits_it_says_so_and_goes_on(self, serve):
+        started, hold = threading.Event(), threading.Event()
+
+        def wait():
+            started.set()
+            assert hold.wait(WAIT_S)
+
+        engine = serve(scripted("a", {0: wait}), max_active=2, max_queued=2)
+        runs = [say(engine, owner="ann")]
+        assert started.wait(WAIT_S)
+        runs.append(say(engine, owner="ann"))
+        with pytest.raises(EngineBusy, match=r"one person may \(2\)"):
+            say(engine, owner="ann")
+        runs.append(say(engine, owner="bob"))
+        with pytest.raises(EngineBusy, match="try again in a minute"):
+            say(engine, owner="cat")
+        assert engine.status().n_queued == 2
+        hold.set()
+        assert [run.result(WAIT_S).text for run in runs] == ["a", "a", "a"]
+        assert say(engine, owner="ann").result(WAIT_S).text == "a"
 
     def test_reading_the_prompt_shows_how_far_it_is(self, serve):
         n_prompt = 3 * PREFILL_CHUNK_TOKENS

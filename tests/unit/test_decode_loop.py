@@ -250,3 +250,31 @@ def test_a_growing_layer_is_a_dynamic_layer(steps):
     assert growing.get_seq_length() == 0
     with pytest.raises(ValueError, match="negative number"):
         growing.crop(3)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("name", WITH_STEP)
+def test_rows_of_several_sequences_and_of_one_are_computed_as_if_alone(name, n_threads):
+    """Prompts of 1 to 7 tokens read in one step, in two, then a token each: the same logits as the model's own."""
+    model = packed(name)
+    prompts = [list(range(10 * n, 11 * n)) for n in range(1, 8)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        step = step_of(model)
+        caches = [step.open(DynamicCache(config=model.config)) for _ in prompts]
+        step.read([(cache, ids[:3]) for cache, ids in zip(caches, prompts, strict=True)], [])
+        rest = [(cache, ids[3:]) for cache, ids in zip(caches, prompts, strict=True) if ids[3:]]
+        ends = [sum(len(ids) for _, ids in rest[: n + 1]) - 1 for n in range(len(rest))]
+        after_prompts = step.read(rest, ends)
+        after_more = step.read([(cache, [77]) for cache in caches], range(len(caches)))
+    finally:
+        torch.set_num_threads(before)
+    assert [cache.length for cache in caches] == [len(ids) + 1 for ids in prompts]
+    with torch.no_grad():
+        stock = [model(torch.tensor([[*ids, 77]])).logits[0] for ids in prompts]
+    for logits, expected in (
+        *zip(after_prompts, [logits[-2] for logits, ids in zip(stock, prompts, strict=True) if ids[3:]], strict=True),
+        *zip(after_more, [logits[-1] for logits in stock], strict=True),
+    ):
+        assert (logits - expected).abs().max() < 2e-3 * expected.abs().max()

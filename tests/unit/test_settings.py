@@ -36,7 +36,8 @@ def test_every_flag_is_read(tmp_path):
     given = load(
         "--model", "a/b", "--engine", "local", "--device", "cuda:1", "--dtype", "float32",
         "--quantize", "none",
-        "--cache-memory", "64", "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
+        "--cache-memory", "64", "--max-active", "2", "--max-queued", "0",
+        "--host", "::1", "--port", "0", "--share", "--auth", "ann:p:w,d", "--auth", "bob:x",
         "--data-dir", str(tmp_path), "--offline",
     )  # fmt: skip
     assert given == Settings(
@@ -46,6 +47,8 @@ def test_every_flag_is_read(tmp_path):
         dtype="float32",
         quantize="none",
         cache_memory=64,
+        max_active=2,
+        max_queued=0,
         host="::1",
         port=0,
         share=True,
@@ -64,6 +67,8 @@ def test_every_flag_has_a_twin(tmp_path):
         "BROOK_DTYPE": "bfloat16",
         "BROOK_QUANTIZE": "none",
         "BROOK_CACHE_MEMORY": "64",
+        "BROOK_MAX_ACTIVE": "2",
+        "BROOK_MAX_QUEUED": "0",
         "BROOK_HOST": "0.0.0.0",
         "BROOK_PORT": "8000",
         "BROOK_SHARE": "1",
@@ -78,6 +83,8 @@ def test_every_flag_has_a_twin(tmp_path):
         dtype="bfloat16",
         quantize="none",
         cache_memory=64,
+        max_active=2,
+        max_queued=0,
         host="0.0.0.0",
         port=8000,
         share=True,
@@ -96,7 +103,7 @@ def test_every_setting_has_a_flag_and_help_with_its_default(capsys):
     for name in {field.name for field in dataclasses.fields(Settings)} - {"cache_dir"}:
         flag = "--" + name.replace("_", "-")
         assert flag in help_text
-    assert help_text.count("(default: ") == 12
+    assert help_text.count("(default: ") == 14
 
 
 def test_a_flag_wins_over_its_twin_and_does_not_add_to_it():
@@ -153,6 +160,7 @@ def test_a_value_out_of_a_choice_names_the_choices(capsys):
     ("twin", "value", "says"),
     [
         ("BROOK_PORT", "x", "BROOK_PORT: must be a number from 0 to 65535, not 'x'"),
+        ("BROOK_MAX_ACTIVE", "many", "BROOK_MAX_ACTIVE: must be a whole number, not 'many'"),
         ("BROOK_CACHE_MEMORY", "-1", "BROOK_CACHE_MEMORY: must be a whole number of megabytes, not '-1'"),
         ("BROOK_SHARE", "maybe", "BROOK_SHARE: must be 1 or 0, not 'maybe'"),
         ("BROOK_AUTH", "a:b,,c:d", "BROOK_AUTH: must be USER:PASSWORD, with neither of them empty"),

@@ -146,6 +146,34 @@ class TestTurns:
         assert session.active.messages == before
         assert session.active.turn is None
 
+    def test_a_full_queue_puts_everything_back(self):
+        engine = ScriptedEngine(max_active=1)
+        engine.wait_ready(30)
+        handlers, first, second = ChatHandlers(engine), ChatSession(), ChatSession()
+        first.owner = second.owner = "ann"  # one person, two tabs
+
+        async def refused():
+            await handlers.send(first, "slow: " + "x" * 60, *settings())
+            stream = handlers.stream(first)
+            async for frame in stream:
+                if frame["message"]["text"]:
+                    break
+            await handlers.send(second, "say: typed with care", *settings())
+            assert [frame async for frame in handlers.stream(second) if frame.get("state") == "writing"] == []
+            shown = await handlers.settle(second)
+            await stream.aclose()
+            return shown
+
+        try:
+            composer, _, live, _, _ = asyncio.run(refused())
+        finally:
+            engine.close()
+        assert composer == "say: typed with care"
+        assert live["state"] == "refused"
+        assert "as many requests on their way as one person may (1)" in live["status"]
+        assert second.active.messages == []
+        assert second.active.turn is None
+
     def test_a_second_message_waits_for_the_first_to_end(self, chat):
         handlers, session = chat
 
@@ -309,7 +337,7 @@ class TestWords:
     def test_every_state_has_its_words(self):
         assert describe_loading(EngineStatus("loading", "m")) == "Loading the model"
         assert describe_loading(EngineStatus("loading", "m", detail="Fetching · 4 %")) == "Fetching · 4 %"
-        assert describe_progress(Progress("waiting", n_ahead=2), 0, 0) == "Waiting · 2 ahead"
+        assert describe_progress(Progress("waiting", n_ahead=2), 0, 0) == "Waiting · 2 ahead of you"
         assert describe_progress(Progress("reading", 256, 1024), 0, 0) == "Reading the prompt · 25 %"
         assert describe_progress(Progress("writing"), 1, 0) == "Writing · 1 token"
         assert describe_progress(Progress("writing"), 11, 2.0) == "Writing · 11 tokens · 5.0 tokens/s"

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Any
 
 TIMEOUT_S = 600
 
@@ -19,11 +20,11 @@ BROOK_SPINS = "1000"
 class Isolated:
     """A callable whose work is done in another process: `build()`, called there once, gives what each call runs.
 
-    `environment` is what the process finds set beside this one's variables, of which GOMP_SPINCOUNT, which importing
-    Brook sets, is left out: peers run as they come.
+    Arguments and results travel by pickle. `environment` is what the process finds set beside this one's variables,
+    of which GOMP_SPINCOUNT, which importing Brook sets, is left out: peers run as they come.
     """
 
-    def __init__(self, build: Callable[[], Callable[[], float]], **environment: str) -> None:
+    def __init__(self, build: Callable[[], Callable[..., Any]], **environment: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(build, theirs), daemon=True)
@@ -31,14 +32,14 @@ class Isolated:
             self._process.start()
         theirs.close()
 
-    def __call__(self) -> float:
-        self._connection.send(True)
+    def __call__(self, *arguments: Any) -> Any:
+        self._connection.send(arguments)
         if not self._connection.poll(TIMEOUT_S):
             raise TimeoutError(f"A peer did not answer within {TIMEOUT_S} s.")
-        return float(self._connection.recv())
+        return self._connection.recv()
 
     def close(self) -> None:
-        self._connection.send(False)
+        self._connection.send(None)
         self._process.join(TIMEOUT_S)
 
 
@@ -54,7 +55,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _serve(build: Callable[[], Callable[[], float]], connection: Connection) -> None:
+def _serve(build: Callable[[], Callable[..., Any]], connection: Connection) -> None:
     run = build()
-    while connection.recv():
-        connection.send(run())
+    while (arguments := connection.recv()) is not None:
+        connection.send(run(*arguments))

@@ -44,10 +44,13 @@ def decode_loop(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
         )
         return generated
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    cache, device = outputs.past_key_values, input_ids.device
-    # The ids are counted and looked at on the CPU: on a GPU each look would be a launch and a wait.
-    logits, input_ids = outputs.logits[:, -1].float(), input_ids.cpu()
+    cache, device = model_kwargs["past_key_values"], input_ids.device
+    unread = input_ids[0, cache.get_seq_length() :].tolist()
+    if len(unread) <= step.few_tokens:
+        logits = step.read_few(cache, unread)
+    else:
+        logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1].float()
+    input_ids = input_ids.cpu()  # counted and looked at there: on a GPU each look would be a launch and a wait
     lookup = PromptLookup(input_ids[0].tolist(), step.guess_sizes)
     guessed: list[int] = []
     with step.continuing(cache) as read:

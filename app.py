@@ -1,7 +1,7 @@
 """Brook's web entry point, also on Spaces: settings → engine → page → launch."""
 
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 from streaming.conversations.store import Store
 from streaming.engine.menu import load_menu
@@ -11,6 +11,7 @@ from streaming.server.address import require_free
 from streaming.server.runs import Runs
 from streaming.server.stopping import exit_on_sigterm
 from streaming.settings import load_settings
+from streaming.startup import collector_paused
 
 NO_SHARE = "No share link can be had (Gradio's relay is out of reach); the page is there all the same."
 
@@ -23,26 +24,25 @@ def main() -> int:
         check_sources(settings)
     except BrookError as error:
         return _refuse(error)
-    menu = load_menu(settings)
     exit_on_sigterm()
     try:
-        from streaming.server.routes import meter
-        from streaming.ui.build import build_app, launch_app
-
-        engine, routes = meter(menu, settings)
         # Closed from the last to the first: replies that are being written are kept before the engine lets them go.
-        with (
-            closing(menu),
-            closing(Store(settings.data_dir)) as store,
-            closing(Runs(engine, store, settings.grace, menu)) as runs,
-        ):
-            app = build_app(engine, runs)
-            url, share_url = launch_app(app, engine, settings, routes)
-            menu.start()  # after the page: two heavy imports at once would slow each other down
-            shared = f"Anyone can reach it at {share_url} for a week." if share_url else NO_SHARE * settings.share
-            for words in filter(None, (f"Brook is at {url}", store.notice, shared)):
-                print(words, flush=True)
-            menu.wait_ready()
+        with ExitStack() as resources:
+            menu = resources.enter_context(closing(load_menu(settings)))
+            with collector_paused():
+                from streaming.server.routes import meter
+                from streaming.ui.build import build_app, launch_app
+
+                engine, routes = meter(menu, settings)
+                store = resources.enter_context(closing(Store(settings.data_dir)))
+                runs = resources.enter_context(closing(Runs(engine, store, settings.grace, menu)))
+                app = build_app(engine, runs)
+                url, share_url = launch_app(app, engine, settings, routes)
+                menu.start()  # after the page: two heavy imports at once would slow each other down
+                shared = f"Anyone can reach it at {share_url} for a week." if share_url else NO_SHARE * settings.share
+                for words in filter(None, (f"Brook is at {url}", store.notice, shared)):
+                    print(words, flush=True)
+                menu.wait_ready()
             app.block_thread()
     except BrookError as error:
         return _refuse(error)

@@ -20,8 +20,8 @@ BROOK_SPINS = "1000"
 class Isolated:
     """A callable whose work is done in another process: `build()`, called there once, gives what each call runs.
 
-    `environment` is what the process finds set beside this one's variables, of which GOMP_SPINCOUNT, which importing
-    Brook sets, is left out: peers run as they come.
+    Arguments and results travel by pickle. `environment` is what the process finds set beside this one's variables,
+    of which GOMP_SPINCOUNT, which importing Brook sets, is left out: peers run as they come.
     """
 
     def __init__(self, build: Callable[[], Callable[..., Any]], **environment: str) -> None:

@@ -42,7 +42,21 @@ def stock_model(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
 
 
 def llama_cpp(n_ctx: int = 2048) -> Any:
-    """Give llama.cpp with the same file and threads; needs `pip install -r requirements-bench.txt`."""
-    from llama_cpp import Llama
+    """Give llama.cpp with the same file and threads; needs `pip install -r requirements-bench.txt`.
 
+    Its kernels for AMX are left out: where the processor has it, they crash on any prompt of more than one token
+    (llama.cpp issue 20824; llama-cpp-python 0.3.36 here). Its other kernels are those of processors without AMX.
+    """
+    from llama_cpp import Llama
+    from llama_cpp import llama_cpp as binding
+
+    if torch.cpu.get_capabilities().get("amx_int8"):
+        defaults = binding.llama_model_default_params
+
+        def without_repacking() -> Any:
+            parameters = defaults()
+            parameters.use_extra_bufts = False
+            return parameters
+
+        binding.llama_model_default_params = without_repacking
     return Llama(str(gguf_path()), n_ctx=n_ctx, n_threads=N_THREADS, n_threads_batch=N_THREADS, verbose=False)

@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 BENCH_DIR = Path(__file__).parent.parent / "assets" / "bench"
+T = TypeVar("T")
 PACKAGES = ("torch", "transformers", "gradio", "tokenizers", "llama-cpp-python")
 
 
-def in_turn(peers: Mapping[str, Callable[[], float]], rounds: int = 5) -> dict[str, list[float]]:
+def in_turn(peers: Mapping[str, Callable[[], T]], rounds: int = 5) -> dict[str, list[T]]:
     """Run every peer once a round, one after another, so that a noisy minute hits all of them; give what each gave."""
-    results: dict[str, list[float]] = {name: [] for name in peers}
+    results: dict[str, list[T]] = {name: [] for name in peers}
     for _ in range(rounds):
         for name, run in peers.items():
             results[name].append(run())

@@ -1,25 +1,29 @@
 """Later turns: time to the first token at each turn of a ten-turn conversation.
 
 Brook, the stock recipe (`Thread(target=model.generate)` + `TextIteratorStreamer`, bf16) and llama.cpp (same GGUF,
-2 threads, its own prefix reuse) hold the same conversation in turn.
+2 threads, its own prefix reuse), each in a process of its own, hold the same conversation in turn.
 
-    pip install -r requirements-bench.txt && python -m benchmarks.turns
+    pip install -r requirements-bench.txt && python -m benchmarks.turns [--rounds 3]
 """
 
+import argparse
+import itertools
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import TextIteratorStreamer
 
-from benchmarks.peers import llama_cpp, stock_model
-from benchmarks.report import report
+from benchmarks.isolated import BROOK_SPINS, Isolated
+from benchmarks.peers import N_THREADS, llama_cpp, stock_model
+from benchmarks.report import in_turn, report
 from streaming import GenerationRequest, load_engine
 from streaming.events import TokenEvent
 
-ROUNDS = 5
+ROUNDS = 3
 N_REPLY_TOKENS = 32
 QUESTIONS = [
     "Tell me about the history of lighthouses, who built the first ones and what they burned for light.",
@@ -35,48 +39,43 @@ QUESTIONS = [
 ]
 
 
-class Brook:
-    def __init__(self) -> None:
-        self.engine = load_engine()
-        self._n_conversations = 0
+def brook() -> Callable[[], list[float]]:
+    engine = load_engine()
+    n_conversations = itertools.count()
 
-    def converse(self) -> list[float]:
-        self._n_conversations += 1
+    def converse() -> list[float]:
+        owner = f"conversation {next(n_conversations)}"
         messages: list[dict[str, Any]] = []
         ttfts = []
         for question in QUESTIONS:
             messages.append({"role": "user", "content": question})
             started = time.perf_counter()
-            run = self.engine.submit(
-                GenerationRequest(
-                    messages=messages,
-                    max_new_tokens=N_REPLY_TOKENS,
-                    temperature=0,
-                    owner=f"conversation {self._n_conversations}",
-                )
+            run = engine.submit(
+                GenerationRequest(messages=messages, max_new_tokens=N_REPLY_TOKENS, temperature=0, owner=owner)
             )
-            first = next(event for event in run.events(timeout=120) if isinstance(event, TokenEvent) and event.text)
+            next(event for event in run.events(timeout=120) if isinstance(event, TokenEvent) and event.text)
             ttfts.append(time.perf_counter() - started)
-            assert first.index == 0
             result = run.result(timeout=120)
             messages.append({"role": "assistant", "content": result.text, "token_ids": result.token_ids})
         return ttfts
 
+    return converse
 
-class Stock:
-    def __init__(self) -> None:
-        self.model, self.tokenizer = stock_model()
 
-    def converse(self) -> list[float]:
+def stock() -> Callable[[], list[float]]:
+    model, tokenizer = stock_model()
+    torch.set_num_threads(N_THREADS)
+
+    def converse() -> list[float]:
         messages: list[dict[str, str]] = []
         ttfts = []
         for question in QUESTIONS:
             messages.append({"role": "user", "content": question})
             started = time.perf_counter()
-            inputs = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-            streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=120)
+            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+            streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=120)
             options = {"max_new_tokens": N_REPLY_TOKENS, "do_sample": False, "streamer": streamer}
-            thread = threading.Thread(target=self.model.generate, kwargs={**inputs, **options})
+            thread = threading.Thread(target=model.generate, kwargs={**inputs, **options})
             thread.start()
             text = ""
             for piece in streamer:
@@ -87,23 +86,21 @@ class Stock:
             messages.append({"role": "assistant", "content": text})
         return ttfts
 
+    return converse
 
-class LlamaCpp:
-    def __init__(self) -> None:
-        self.model = llama_cpp(n_ctx=4096)
 
-    def converse(self) -> list[float]:
-        self.model.reset()
+def llama() -> Callable[[], list[float]]:
+    model = llama_cpp(n_ctx=4096)
+
+    def converse() -> list[float]:
+        model.reset()
         messages: list[Any] = []
         ttfts = []
         for question in QUESTIONS:
             messages.append({"role": "user", "content": question})
             started = time.perf_counter()
             text = ""
-            chunks: Any = self.model.create_chat_completion(
-                messages, max_tokens=N_REPLY_TOKENS, temperature=0, stream=True
-            )
-            for chunk in chunks:
+            for chunk in model.create_chat_completion(messages, max_tokens=N_REPLY_TOKENS, temperature=0, stream=True):
                 piece = chunk["choices"][0]["delta"].get("content", "")
                 if piece and not text:
                     ttfts.append(time.perf_counter() - started)
@@ -111,17 +108,23 @@ class LlamaCpp:
             messages.append({"role": "assistant", "content": text})
         return ttfts
 
+    return converse
+
 
 def main() -> None:
-    torch.manual_seed(0)
-    peers = {"Brook": Brook(), "stock": Stock(), "llama.cpp": LlamaCpp()}
-    rounds: dict[str, list[list[float]]] = {name: [] for name in peers}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    peers = {
+        "Brook": Isolated(brook, GOMP_SPINCOUNT=BROOK_SPINS),
+        "stock": Isolated(stock),
+        "llama.cpp": Isolated(llama),
+    }
+    n_rounds = parser.parse_args().rounds
     for peer in peers.values():
-        peer.converse()  # warm up
-    for _ in range(ROUNDS):
-        for name, peer in peers.items():
-            rounds[name].append(peer.converse())
-    peers["Brook"].engine.close()
+        peer()  # warm up
+    rounds = in_turn(peers, n_rounds)
+    for peer in peers.values():
+        peer.close()
     rows = []
     for turn in range(len(QUESTIONS)):
         ms = {name: statistics.median(r[turn] for r in results) * 1000 for name, results in rounds.items()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from streaming.engine.base import GenerationRequest
 from streaming.errors import BrookError, InvalidRequest, ModelUnavailable
 from streaming.settings import QUANTIZATIONS, device_name
+from streaming.startup import collector_paused
 
 if TYPE_CHECKING:
     from streaming.engine.local import LocalEngine
@@ -79,7 +80,7 @@ def _run(options: argparse.Namespace, sampling: dict[str, Any], text: str | None
 
 def _load(options: argparse.Namespace) -> "LocalEngine":
     """Load the model, showing on standard error how far it is."""
-    with _ProgressLine(sys.stderr) as line:
+    with collector_paused(), _ProgressLine(sys.stderr) as line:
         line.show("Loading the model")
         from streaming.engine.local import load_engine
 

@@ -27,6 +27,7 @@ FLOORS = [
     ["streaming.events"],
     ["streaming.errors"],
     ["streaming.settings"],
+    ["streaming.startup"],
 ]
 
 

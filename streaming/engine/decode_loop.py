@@ -3,17 +3,19 @@
     model.generate(ids, custom_generate=functools.partial(decode_loop, streamer=streamer), streamer=streamer, …)
 
 generate() prepares everything as always (processors, stopping criteria, cache) and its own prefill reads the prompt;
-then, for models that the compiled step knows, each token is one call. Every other model or setting is handed on to
-generate()'s own sampling loop. The streamer is named twice because transformers 5.23 gives the prompt to the one and
-does not pass it on to a custom loop.
+then, for models that the compiled step knows, each token is one call, or less where guesses are right (see `lookup`).
+Every other model or setting is handed on to generate()'s own sampling loop. The streamer is named twice because
+transformers 5.23 gives the prompt to the one and does not pass it on to a custom loop.
 """
 
+import time
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from streaming.engine.lookup import PromptLookup
 from streaming.models.graph_step import graph_step_of
 from streaming.models.kv_cache import is_continuable
 
@@ -42,20 +44,37 @@ def decode_loop(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
         )
         return generated
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    # The ids are counted and looked at on the CPU: on a GPU each look would be a launch and a wait.
-    logits, device, input_ids = outputs.logits[:, -1].float(), input_ids.device, input_ids.cpu()
-    with step.continuing(outputs.past_key_values) as read:
+    cache, device = model_kwargs["past_key_values"], input_ids.device
+    unread = input_ids[0, cache.get_seq_length() :].tolist()
+    if len(unread) <= step.few_tokens:
+        logits = step.read_few(cache, unread)
+    else:
+        logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1].float()
+    input_ids = input_ids.cpu()  # counted and looked at there: on a GPU each look would be a launch and a wait
+    lookup = PromptLookup(input_ids[0].tolist(), step.guess_sizes)
+    guessed: list[int] = []
+    with step.continuing(cache) as read:
         while True:
-            scores = logits_processor(input_ids.to(device), logits)  # type: ignore[arg-type]
-            next_id = _choose(scores, generation_config.do_sample).cpu()
-            input_ids = torch.cat([input_ids, next_id[:, None]], dim=-1)
-            finished = bool(stopping_criteria(input_ids, None)[0])
-            if streamer is not None:
-                streamer.put(next_id)
+            try:  # a token from each row of logits, as long as the guess before it was right
+                for n_right, row in enumerate(logits.split(1)):
+                    scores = logits_processor(input_ids.to(device), row)  # type: ignore[arg-type]
+                    next_id = _choose(scores, generation_config.do_sample).cpu()
+                    input_ids = torch.cat([input_ids, next_id[:, None]], dim=-1)
+                    finished = bool(stopping_criteria(input_ids, None)[0])
+                    if streamer is not None:
+                        streamer.put(next_id)
+                    lookup.append(int(next_id))
+                    if finished or guessed[n_right : n_right + 1] != [int(next_id)]:
+                        break
+            finally:
+                if n_right < len(guessed):  # the model has read what was guessed wrongly
+                    cache.crop(n_right - len(guessed))
             if finished:
                 break
-            logits = read(int(next_id))
+            guessed = lookup.guess()
+            started = time.perf_counter()
+            logits = read(int(next_id), *guessed)
+            lookup.measured(len(guessed), time.perf_counter() - started)
     if streamer is not None:
         streamer.end()
     return input_ids.to(device)

@@ -53,7 +53,7 @@ DEFAULT_MODEL = EmbeddedModel(
 _SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 
 # Part of the folder's name, so that a change in what a conversion writes has old copies converted again.
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 _LOCK_POLL_S = 1.0
 _MAX_LOCK_WAIT_S = 3600.0
@@ -67,7 +67,7 @@ def prepare_embedded_model(
     before_fetch: Callable[[], None] = lambda: None,
     embedded: EmbeddedModel = DEFAULT_MODEL,
 ) -> Path:
-    """Return the folder of the converted model, which `streaming.models.gguf.read_weights` reads.
+    """Return the folder of the converted model, which `streaming.models.converted` reads.
 
     Makes it first where it is missing, once for all processes that share `cache_dir`. The rest is as in `find_gguf`.
     """
@@ -170,14 +170,15 @@ def _remove_remains(target: Path) -> None:
 
 
 def _convert(gguf_path: Path, work: Path, target: Path, progress: ProgressCallback) -> None:
-    from streaming.models.gguf import SmolGguf  # with it comes torch, which only this step needs
+    from streaming.models.converted import convert  # with it comes torch, which only this step needs
+    from streaming.models.gguf import SmolGguf
 
     gguf = SmolGguf.open(gguf_path)
     assert gguf is not None, "the file has the sha256 of one"
     converted = work / "converted"
     converted.mkdir()
     progress(LoadProgress("conversion", 0, 1))
-    gguf.convert(converted, _SAMPLING)
+    convert(gguf, converted, _SAMPLING)
     progress(LoadProgress("conversion", 1, 1))
     converted.rename(target)
 

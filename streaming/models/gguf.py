@@ -1,34 +1,26 @@
-"""SmolLM's GGUF files, read exactly and fast, and converted once into a folder that loads in any dtype.
+"""SmolLM's GGUF files, read exactly and fast.
 
 transformers 5.23 reads a GGUF file of the llama architecture through `gguf.GGUFReader`: 15 s for a model of 135M
 parameters, at every start, with a tokenizer that does not know the "smollm" rules and joins digits. The files that
-carry these rules are therefore read here, in 2 s; all others are left to transformers.
-
-The converted folder is a normal transformers one (config, generation config, tokenizer, chat template), but for its
-weights: they stay in the blocks of the GGUF file, under transformers' names and in transformers' row order. So the
-folder is as small as the file, and `read_weights` gives the file's exact values in float32 and their one correct
-rounding in any other dtype.
+carry these rules are therefore read here, in 2 s; all others are left to transformers. Weights come under
+transformers' names and in transformers' row order.
 
 Relied on, and stated by tests/model/test_default_model.py: `transformers.integrations.gguf` reads what a file says
 and unpacks its blocks (5.23).
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 
 from streaming.models.progress import LoadProgress, ProgressCallback, ignore_progress
-
-BLOCKS_FILE = "blocks.safetensors"
 
 # torch runs an operation on up to 32,768 values in the calling thread (at::internal::GRAIN_SIZE). Larger ones meet
 # all threads at a barrier at every step: no faster here, and 10 to 50 times as long while something else computes.
@@ -127,36 +119,33 @@ class SmolGguf:
 
     def read_weights(self, unpack: Unpack, progress: ProgressCallback = ignore_progress) -> dict[str, torch.Tensor]:
         """Read the weights as `{parameter name: unpack(blocks, ggml type)}`."""
-        blocks, ggml_types = self._read_blocks()
-        return _unpack_all(ggml_types, blocks.__getitem__, unpack, progress)
+        weights = {}
+        packed = self.read_blocks()
+        for done, (name, (blocks, ggml_type)) in enumerate(packed.items()):
+            progress(LoadProgress("weights", done, len(packed)))
+            weights[name] = unpack(blocks, ggml_type)
+        progress(LoadProgress("weights", len(packed), len(packed)))
+        return weights
 
-    def convert(self, folder: Path, sampling: Mapping[str, Any]) -> None:
-        """Write the model into the empty `folder`, with the generation defaults `sampling`."""
-        self.build_config().save_pretrained(folder)
-        self.build_generation_config(**sampling).save_pretrained(folder)
-        self.build_tokenizer().save_pretrained(folder)
-        blocks, ggml_types = self._read_blocks()
-        save_file(blocks, folder / BLOCKS_FILE, metadata={name: str(kind) for name, kind in ggml_types.items()})
-
-    def _special_ids(self) -> dict[str, Any]:
-        ids = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-        eos = self._metadata["tokenizer.ggml.eos_token_id"]
-        return {name: self._metadata.get(f"tokenizer.ggml.{key}", eos) for name, key in ids.items()}
-
-    def _read_blocks(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Read the weights packed, `(rows, bytes a row)`, with each one's ggml type."""
+    def read_blocks(self) -> dict[str, tuple[torch.Tensor, int]]:
+        """Read the weights as they are, `(rows, bytes a row)` or plain values, with each one's ggml type."""
         header = GgufHeader.from_file(str(self.path))
         n_heads = {
             "self_attn.q_proj.weight": self._metadata["llama.attention.head_count"],
             "self_attn.k_proj.weight": self._metadata["llama.attention.head_count_kv"],
         }
-        blocks, ggml_types = {}, {}
+        weights = {}
         for gguf_name, lazy in load_gguf_state_dict(header).items():
             name = _rename(gguf_name)
             heads = [n for suffix, n in n_heads.items() if name.endswith(suffix)]
-            blocks[name] = _restore_rotary_rows(lazy[:], heads[0]) if heads else lazy[:]
-            ggml_types[name] = header.ggml_types[gguf_name]
-        return blocks, ggml_types
+            blocks = _restore_rotary_rows(lazy[:], heads[0]) if heads else lazy[:]
+            weights[name] = (blocks, header.ggml_types[gguf_name])
+        return weights
+
+    def _special_ids(self) -> dict[str, Any]:
+        ids = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+        eos = self._metadata["tokenizer.ggml.eos_token_id"]
+        return {name: self._metadata.get(f"tokenizer.ggml.{key}", eos) for name, key in ids.items()}
 
 
 def _rename(gguf_name: str) -> str:
@@ -165,27 +154,6 @@ def _rename(gguf_name: str) -> str:
     if match is None or match[2] not in _NAMES:
         return ""
     return f"{f'model.layers.{match[1]}.' if match[1] else ''}{_NAMES[match[2]]}.weight"
-
-
-def read_weights(folder: Path, unpack: Unpack, progress: ProgressCallback = ignore_progress) -> dict[str, torch.Tensor]:
-    """Read the weights of a converted folder as `{parameter name: unpack(blocks, ggml type)}`."""
-    with safe_open(folder / BLOCKS_FILE, framework="pt") as file:
-        ggml_types = {name: int(kind) for name, kind in file.metadata().items()}
-        return _unpack_all(ggml_types, file.get_tensor, unpack, progress)
-
-
-def _unpack_all(
-    ggml_types: Mapping[str, int],
-    read_blocks: Callable[[str], torch.Tensor],
-    unpack: Unpack,
-    progress: ProgressCallback,
-) -> dict[str, torch.Tensor]:
-    weights = {}
-    for done, (name, ggml_type) in enumerate(ggml_types.items()):
-        progress(LoadProgress("weights", done, len(ggml_types)))
-        weights[name] = unpack(read_blocks(name), ggml_type)
-    progress(LoadProgress("weights", len(ggml_types), len(ggml_types)))
-    return weights
 
 
 def unpack_blocks(blocks: torch.Tensor, ggml_type: int, dtype: torch.dtype) -> torch.Tensor:

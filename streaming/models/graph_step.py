@@ -53,6 +53,11 @@ def capture_cuda(forward: Replay, rewind: Callable[[], None]) -> Replay:
 class GraphStep:
     """The captured step of one model. Not thread-safe."""
 
+    guess_sizes = (0,)
+    """How many guessed tokens to read with a newest one: the graph takes one token."""
+    few_tokens = 0
+    """The model itself reads the prompt."""
+
     def __init__(self, model: Any, capture: Capture = capture_cuda) -> None:
         self._model = proxy(model)  # the model owns this object through a weak dictionary
         self._capture = capture

@@ -29,7 +29,7 @@ from streaming.models.packing import GROUP_COLUMNS, PACKABLE, pack_ggml, packed_
 METHOD = "brook_int4"
 
 # Up to here it is faster to multiply packed weights row by row than to unpack them for torch.mm.
-_FEW_ROWS = 32
+_FEW_ROWS = 128
 
 
 class PackedLinear(nn.Module):

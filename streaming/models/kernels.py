@@ -153,16 +153,22 @@ def _four_tile_dots(weight, block_bytes, tile, x, row_bytes, groups, out, out_by
     block = weight + tile * groups * block_bytes
     for _ in range(groups):
         if block_bytes == _Q4:
+            # Each sum grows once a round: of two growths LLVM makes multiplications and additions of their own.
             e0 = simd.int_zero()
             e1, e2, e3, o0, o1, o2, o3 = e0, e0, e0, e0, e0, e0, e0
+            f0, f1, f2, f3, p0, p1, p2, p3 = e0, e0, e0, e0, e0, e0, e0, e0
             for j in range(5):
                 simd.prefetch(block + _PREFETCH_BYTES + 64 * j)
             for j in range(4):
                 words, at = simd.int_load(block + 64 + 64 * j), x + 16 * j
                 e0, e1, e2, e3 = _dots_4(words, 0, at, row_bytes, e0, e1, e2, e3)
                 o0, o1, o2, o3 = _dots_4(words, 4, at + 4, row_bytes, o0, o1, o2, o3)
-                e0, e1, e2, e3 = _dots_4(words, 8, at + 8, row_bytes, e0, e1, e2, e3)
-                o0, o1, o2, o3 = _dots_4(words, 12, at + 12, row_bytes, o0, o1, o2, o3)
+                f0, f1, f2, f3 = _dots_4(words, 8, at + 8, row_bytes, f0, f1, f2, f3)
+                p0, p1, p2, p3 = _dots_4(words, 12, at + 12, row_bytes, p0, p1, p2, p3)
+            e0, o0 = simd.int_add(e0, f0), simd.int_add(o0, p0)
+            e1, o1 = simd.int_add(e1, f1), simd.int_add(o1, p1)
+            e2, o2 = simd.int_add(e2, f2), simd.int_add(o2, p2)
+            e3, o3 = simd.int_add(e3, f3), simd.int_add(o3, p3)
         else:
             e0, e1 = simd.int_load_splat(x + _CORRECTION), simd.int_load_splat(x + row_bytes + _CORRECTION)
             e2 = simd.int_load_splat(x + 2 * row_bytes + _CORRECTION)

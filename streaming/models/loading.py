@@ -16,9 +16,10 @@ import torch
 import transformers
 
 from streaming.errors import ModelDamaged, ModelTooLarge, ModelUnavailable, NotACausalLM
+from streaming.models import converted
 from streaming.models.device import choose_device, choose_dtype, choose_int4, free_bytes, require_memory
 from streaming.models.embedded import DEFAULT_MODEL
-from streaming.models.gguf import BLOCKS_FILE, SmolGguf, Unpack, read_weights, unpack_blocks
+from streaming.models.gguf import SmolGguf, unpack_blocks
 from streaming.models.progress import LoadProgress as LoadProgress
 from streaming.models.progress import ProgressCallback, ignore_progress
 from streaming.models.sources import find_model
@@ -186,8 +187,11 @@ def _load_weights(
     progress: ProgressCallback,
     trust_remote_code: bool,
 ) -> Any:
-    if isinstance(files, SmolGguf) or (files / BLOCKS_FILE).is_file():
-        return _assemble(files, config, functools.partial(unpack_blocks, dtype=dtype), progress).to(device)
+    if isinstance(files, SmolGguf):
+        weights = files.read_weights(functools.partial(unpack_blocks, dtype=dtype), progress)
+        return _assemble(files, config, weights).to(device)
+    if converted.is_converted(files):
+        return _assemble(files, config, converted.read_weights(files, dtype, progress)).to(device)
     extra = {} if files.is_dir() else {"quantization_config": transformers.GgufConfig(dequantize=True)}
     arguments = _arguments(files, trust_remote_code) | extra
     return _from_pretrained(progress, **arguments, dtype=dtype, device_map={"": device})
@@ -198,9 +202,11 @@ def _load_int4(files: Path | SmolGguf, config: Any, progress: ProgressCallback, 
     from streaming.models import int4, parallel
 
     parallel.tune_threads()
-    if isinstance(files, SmolGguf) or (files / BLOCKS_FILE).is_file():
+    if isinstance(files, SmolGguf) or converted.is_converted(files):
         config.quantization_config = int4.Int4Config().to_dict()
-        return _assemble(files, config, int4.pack_blocks, progress)
+        if isinstance(files, SmolGguf):
+            return _assemble(files, config, files.read_weights(int4.pack_blocks, progress))
+        return _assemble(files, config, converted.read_packed(files))
     if files.is_dir():
         arguments = _arguments(files, trust_remote_code)
         return _from_pretrained(progress, **arguments, quantization_config=int4.Int4Config())
@@ -208,12 +214,11 @@ def _load_int4(files: Path | SmolGguf, config: Any, progress: ProgressCallback, 
     return int4.pack_model(unpacked)
 
 
-def _assemble(files: Path | SmolGguf, config: Any, unpack: Unpack, progress: ProgressCallback) -> Any:
-    """Make a model of GGUF blocks, without another copy of its weights."""
+def _assemble(files: Path | SmolGguf, config: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """Make a Llama of weights that are read already, without another copy of them."""
     if isinstance(files, SmolGguf):
-        weights, generation_config = files.read_weights(unpack, progress), files.build_generation_config()
+        generation_config = files.build_generation_config()
     else:
-        weights = read_weights(files, unpack, progress)
         generation_config = transformers.GenerationConfig.from_pretrained(files)
     dtype = weights["model.norm.weight"].dtype
     with _no_progress_bar():

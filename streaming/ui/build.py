@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """The default model behind the engine says what it says alone."""
 
+import os
+
 import pytest
 import torch
 
@@ -68,6 +70,33 @@ def test_later_turns_reuse_what_was_read_and_say_the_same(engine):
         ).result(WAIT_S)
         assert result.token_ids == fresh.token_ids
         assert fresh.finish.n_reused_tokens == 0
+        assert (result.finish.n_reused_tokens > 0) == (turn > 0)
+        ids = [i for i in result.token_ids if i != engine.tokenizer.eos_token_id]
+        messages.append({"role": "assistant", "content": result.text, "token_ids": ids})
+
+
+TOPICS = ["lighthouses", "bread", "comets", "chess", "rivers", "clocks", "bees", "maps", "salt", "glass"]
+QUESTIONS = [
+    "Tell me about {}.", "Why?", "Who says so?", "Give an example.", "And the opposite?",
+    "In one word?", "What came before?", "What comes next?", "Is that sure?", "Sum it up.",
+]  # fmt: skip
+N_CONVERSATIONS = int(os.environ.get("BROOK_CONVERSATIONS", "2"))
+"""The rest of 40 is done by a tiny model (tests/unit/test_reuse.py); on a quiet machine 40 take ten minutes:
+`BROOK_CONVERSATIONS=40 pytest tests/model -k conversations --timeout 3600`."""
+
+
+@pytest.mark.parametrize("number", range(N_CONVERSATIONS))
+def test_conversations_of_ten_turns_say_the_same_with_and_without_reuse(engine, number):
+    messages = []
+    for turn, question in enumerate(QUESTIONS):
+        messages.append({"role": "user", "content": question.format(TOPICS[number % 10] + "!" * (number // 10))})
+        request = GenerationRequest(messages=messages, max_new_tokens=6, temperature=0, owner=f"me {number}")
+        run = engine.submit(request)
+        result = run.result(WAIT_S)
+        fresh = engine.submit(
+            GenerationRequest(prompt_ids=run.prompt_ids, max_new_tokens=6, temperature=0, owner=f"{number}.{turn}")
+        ).result(WAIT_S)
+        assert result.token_ids == fresh.token_ids
         assert (result.finish.n_reused_tokens > 0) == (turn > 0)
         ids = [i for i in result.token_ids if i != engine.tokenizer.eos_token_id]
         messages.append({"role": "assistant", "content": result.text, "token_ids": ids})

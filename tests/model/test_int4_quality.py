@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from benchmarks.quality import by_steps, compare, in_chunks, texts
 from streaming import GenerationRequest
@@ -80,3 +81,22 @@ def test_the_engine_decodes_with_the_compiled_step_and_says_the_same(packed, exa
 def test_loading_takes_no_more_memory_than_three_times_the_file(packed):
     grown_mb = float(subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, check=True).stdout)
     assert grown_mb <= 3 * FILE_MB
+
+
+@torch.no_grad()
+def test_what_is_reused_predicts_what_is_read_anew_predicts(packed):
+    """A cache that was written by chunks and by steps, and cut, against one read in one go: ten turns of a chat."""
+    ids = texts(packed.tokenizer)["chat"]
+    model, step = packed.model, step_of(packed.model)
+    cache, divergences = DynamicCache(config=model.config), []
+    for end in range(150, 1500, 135):
+        opened = step.open(cache)
+        for start in range(opened.length, end - 30, 64):  # the question, by few tokens at a time
+            step.read([(opened, ids[0, start : min(start + 64, end - 30)].tolist())])
+        for token_id in ids[0, end - 30 : end].tolist():  # the reply, by steps
+            logits = step.read([(opened, [token_id])])
+        fresh = model(ids[:, :end], use_cache=True, logits_to_keep=1).logits[0].log_softmax(-1)
+        divergences.append((fresh.exp() * (fresh - logits.log_softmax(-1))).sum().item())
+        cache.crop(-5)
+    assert len(divergences) == 10
+    assert max(divergences) <= 0.002

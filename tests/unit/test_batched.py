@@ -147,8 +147,8 @@ def test_an_error_in_one_runs_settings_ends_that_run_alone(engine, monkeypatch):
     expected = engine.submit(ask(1)).result(WAIT_S)
     build = run_module.build_processors
 
-    def sabotage(sampling, *rest):
-        return fail if sampling.max_new_tokens == 23 else build(sampling, *rest)
+    def sabotage(sampling, *rest, **named):
+        return fail if sampling.max_new_tokens == 23 else build(sampling, *rest, **named)
 
     monkeypatch.setattr(run_module, "build_processors", sabotage)
     runs = together(engine, [ask(1), ask(0, max_new_tokens=23), ask(1, owner="b")])

@@ -134,7 +134,7 @@ class ChatHandlers:
             return (*await self.conversations.show(session, before, composer=text, notice=asked.refusal), SKIP)
         generation = asked.reply.generation
         seed = SKIP if generation is None else gr.update(info=f"0 is fresh · last used {generation.seed}")
-        return SKIP, SKIP, SKIP, await self.conversations.listed(session), seed
+        return SKIP, SKIP, SKIP, await self.conversations.listed(session, owner_of(tab, request)), seed
 
     async def follow(self, session: ChatSession, tab: Tab, request: gr.Request) -> Live:
         """Read the reply of the conversation that is shown, if one is being written."""

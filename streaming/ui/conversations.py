@@ -109,19 +109,18 @@ class ConversationHandlers:
         title = " ".join(str(event._data["title"]).split())[:MAX_TITLE_CHARS]
         if title:
             await asyncio.to_thread(self._store.rename, owner_of(tab, request), str(event._data["id"]), title)
-        return await self.listed(session)
+        return await self.listed(session, owner_of(tab, request))
 
     async def pin(self, session: Session, tab: Tab, event: gr.EventData, request: gr.Request) -> dict[str, Any]:
         """Keep a conversation at the top of the list, or no longer."""
         where = (owner_of(tab, request), str(event._data["id"]))
         await asyncio.to_thread(self._store.pin, *where, bool(event._data["pinned"]))
-        return await self.listed(session)
+        return await self.listed(session, owner_of(tab, request))
 
     async def search(self, session: Session, tab: Tab, event: gr.EventData, request: gr.Request) -> dict[str, Any]:
         """List the conversations with some words, from now on; without words, all."""
-        session.owner = owner_of(tab, request)
         session.words = str(event._data["words"]).strip()
-        return await self.listed(session)
+        return await self.listed(session, owner_of(tab, request))
 
     # What asking shares with them
 
@@ -159,15 +158,15 @@ class ConversationHandlers:
             "messages": path,
             "tree": _outline(conversation) if is_forked else [],
         }
-        return composer, past, live, await self.listed(session)
+        return composer, past, live, await self.listed(session, conversation.owner)
 
-    async def listed(self, session: Session) -> dict[str, Any]:
-        """Give the conversations as the sidebar lists them; a new one is kept from its first message on."""
+    async def listed(self, session: Session, owner: str) -> dict[str, Any]:
+        """Give the owner's conversations as the sidebar lists them; a new one is kept from its first message on."""
         if session.words:
-            summaries = await asyncio.to_thread(self._store.search, session.owner, session.words)
+            summaries = await asyncio.to_thread(self._store.search, owner, session.words)
         else:
-            summaries = await asyncio.to_thread(self._store.recent, session.owner)
-        busy = {reply.conversation_id for reply in self._runs.of_owner(session.owner)}
+            summaries = await asyncio.to_thread(self._store.recent, owner)
+        busy = {reply.conversation_id for reply in self._runs.of_owner(owner)}
         items = [
             {
                 **dataclasses.asdict(summary),

@@ -57,7 +57,6 @@ class Session:
     """
 
     def __init__(self) -> None:
-        self.owner = ""
         self.conversation = ""
         self.leaf: str | None = None
         self.words = ""
@@ -68,7 +67,6 @@ class Session:
 
     def show(self, conversation: Conversation) -> None:
         """Take note of what the tab shows from now on."""
-        self.owner = conversation.owner
         self.conversation = conversation.id if conversation.messages else ""
         self.leaf = conversation.leaf
         self.view += 1

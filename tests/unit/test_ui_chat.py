@@ -99,8 +99,12 @@ class Tab:
         await self.handlers.conversations.stop(self.said, None)
 
     @property
+    def owner(self) -> str:
+        return owner_of(self.said, None)
+
+    @property
     def kept(self) -> Conversation:
-        return self.runs.store.open(owner_of(self.said, None), self.said["conversation"])
+        return self.runs.store.open(self.owner, self.said["conversation"])
 
     @property
     def texts(self) -> list[str]:
@@ -181,7 +185,7 @@ class TestTurns:
         assert [m["role"] for m in request.messages] == ["system", "user", "assistant", "user"]
         assert request.messages[2]["token_ids"] == (64,)
         assert request.prefix_ids == ()
-        assert request.owner == tab.session.owner
+        assert request.owner == tab.owner
 
     def test_another_models_ids_are_left_out(self, tab, engine, monkeypatch):
         asyncio.run(tab.ask("say: a"))
@@ -218,12 +222,12 @@ class TestTurns:
         assert "tokens long but the model can read at most" in tab.live["status"]
         assert tab.texts == texts
         assert (tab.kept.messages, tab.kept.leaf) == (before.messages, before.leaf)
-        assert tab.runs.of_owner(tab.session.owner) == []
+        assert tab.runs.of_owner(tab.owner) == []
 
     def test_a_refusal_at_once_leaves_no_conversation(self, tab):
         asyncio.run(tab.ask("x" * 9000))
         assert tab.titles == ["New chat"]
-        assert tab.runs.store.recent(tab.session.owner) == []
+        assert tab.runs.store.recent(tab.owner) == []
         asyncio.run(tab.ask("say: goes on"))
         assert tab.texts == ["say: goes on", "goes on"]
 
@@ -486,6 +490,20 @@ class TestWho:
         asyncio.run(play())
         assert ada.texts[-1] == "for Ada alone"
 
+    def test_a_tabs_session_alone_lists_nothing(self, tab, runs):
+        async def steal():
+            await tab.ask("say: my secret")
+            thief = {"browser": "b" * 32, "conversation": tab.said["conversation"]}
+            handlers = tab.handlers.conversations
+            return [
+                await handlers.rename(tab.session, thief, event(id="none", title="x"), None),
+                await handlers.pin(tab.session, thief, event(id="none", pinned=True), None),
+                await handlers.search(tab.session, thief, event(words="secret"), None),
+            ]
+
+        for listed in asyncio.run(steal()):
+            assert [item for item in listed["items"] if item["id"]] == []
+
 
 class TestRuns:
     def test_a_reply_goes_on_when_its_tab_leaves_and_a_later_one_sees_it_whole(self, runs):
@@ -565,7 +583,7 @@ class TestRuns:
                     return
 
         asyncio.run(leave())
-        [reply] = runs.of_owner(tab.session.owner)
+        [reply] = runs.of_owner(tab.owner)
         left_at = time.monotonic()
         message = reply.done.result(WAIT_S)
         assert time.monotonic() - left_at > 0.25

@@ -15,6 +15,6 @@ def meter(menu: ModelMenu, settings: Settings) -> tuple[Engine, tuple[BaseRoute,
     metered = MeteredEngine(menu)
     access = Access(settings.api_key, is_public=settings.is_public)
     return metered, (
-        *build_api_routes(metered, access, lambda: {model.model_id: model for model in menu.models}),
+        *build_api_routes(metered, access, lambda: {model.name: model for model in menu.models}),
         metrics_route(metered, access),
     )

@@ -260,7 +260,7 @@ class TestSeveralModels:
             for asked, answered in ((None, "first"), ("first", "first"), ("second", "second"), ("dummy", "first")):
                 status, body = ask(f"{url}v1/chat/completions", chat("say: x", model=asked, logprobs=True))
                 assert (status, body["model"]) == (200, answered)
-            served = {model.model_id: model.status().state for model in menu.models}
+            served = {model.name: model.status().state for model in menu.models}
             assert served == {"first": "ready", "second": "ready"}
             status, body = ask(f"{url}v1/chat/completions", chat("say: x", model="third"))
             assert (status, body["error"]["code"]) == (404, "model_not_found")

@@ -1,6 +1,7 @@
 """Decoding speed: 128 greedy tokens as a reader sees them, from the first to the last.
 
-Brook's engine, the stock recipe (`Thread(target=model.generate)` + `TextIteratorStreamer`, bf16) and llama.cpp (same
+Brook's engine, the same without guesses (this greedy text comes to repeat itself, which is where they help: see
+benchmarks.lookup), the stock recipe (`Thread(target=model.generate)` + `TextIteratorStreamer`, bf16) and llama.cpp (same
 GGUF, same threads), each in a process of its own, take turns, so that a noisy minute hits all of them. `--profile`
 shows where Brook's step goes.
 
@@ -8,6 +9,7 @@ shows where Brook's step goes.
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 import threading
@@ -47,9 +49,13 @@ class PerToken(TextIteratorStreamer):
         self.on_finalized_text("\0")
 
 
-def brook() -> Callable[[], float]:
+def brook(guesses: bool = True) -> Callable[[], float]:
     engine = load_engine()
     torch.set_num_threads(N_THREADS)
+    if not guesses:
+        from streaming.models.llama_step import LlamaStep
+
+        LlamaStep.guess_sizes = (0,)
 
     def run() -> float:
         request = GenerationRequest(prompt=PROMPT, max_new_tokens=N_TOKENS, temperature=0)
@@ -100,6 +106,7 @@ def main() -> None:
         return
     peers = {
         "Brook": Isolated(brook, GOMP_SPINCOUNT=BROOK_SPINS),
+        "Brook, no guesses": Isolated(functools.partial(brook, False), GOMP_SPINCOUNT=BROOK_SPINS),
         "stock bf16": Isolated(stock),
         "llama.cpp": Isolated(llama),
     }

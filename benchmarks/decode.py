@@ -1,9 +1,9 @@
 """Decoding speed: 128 greedy tokens as a reader sees them, from the first to the last.
 
 Brook's engine, the same without guesses (this greedy text comes to repeat itself, which is where they help: see
-benchmarks.lookup), the stock recipe (`Thread(target=model.generate)` + `TextIteratorStreamer`, bf16) and llama.cpp (same
-GGUF, same threads), each in a process of its own, take turns, so that a noisy minute hits all of them. `--profile`
-shows where Brook's step goes.
+benchmarks.lookup), the stock recipe (`Thread(target=model.generate)` + `TextIteratorStreamer`, bf16) and llama.cpp
+(same GGUF, same threads), each in a process of its own, take turns, so that a noisy minute hits all of them.
+`--profile` shows where Brook's step goes.
 
     pip install -r requirements-bench.txt && python -m benchmarks.decode
 """

@@ -70,10 +70,6 @@ class PrefixCache:
         while self.n_bytes > self._max_bytes:
             del self._entries[0]
 
-    def forget(self, owner: str) -> None:
-        """Drop everything of one owner."""
-        self._entries = [entry for entry in self._entries if entry.owner != owner]
-
 
 def can_be_cut(cache: Cache) -> bool:
     """Whether `crop` leaves the cache as if the tokens had never been read, at any length.

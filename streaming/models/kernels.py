@@ -153,7 +153,6 @@ def _four_tile_dots(weight, block_bytes, tile, x, row_bytes, groups, out, out_by
     block = weight + tile * groups * block_bytes
     for _ in range(groups):
         if block_bytes == _Q4:
-            # Each sum grows once a round: of two growths LLVM makes multiplications and additions of their own.
             e0 = simd.int_zero()
             e1, e2, e3, o0, o1, o2, o3 = e0, e0, e0, e0, e0, e0, e0
             f0, f1, f2, f3, p0, p1, p2, p3 = e0, e0, e0, e0, e0, e0, e0, e0
@@ -162,9 +161,15 @@ def _four_tile_dots(weight, block_bytes, tile, x, row_bytes, groups, out, out_by
             for j in range(4):
                 words, at = simd.int_load(block + 64 + 64 * j), x + 16 * j
                 e0, e1, e2, e3 = _dots_4(words, 0, at, row_bytes, e0, e1, e2, e3)
-                o0, o1, o2, o3 = _dots_4(words, 4, at + 4, row_bytes, o0, o1, o2, o3)
-                f0, f1, f2, f3 = _dots_4(words, 8, at + 8, row_bytes, f0, f1, f2, f3)
-                p0, p1, p2, p3 = _dots_4(words, 12, at + 12, row_bytes, p0, p1, p2, p3)
+                if simd.MANY_REGISTERS:
+                    # Each sum grows once a round: of two growths LLVM makes multiplications and additions of their own.
+                    o0, o1, o2, o3 = _dots_4(words, 4, at + 4, row_bytes, o0, o1, o2, o3)
+                    f0, f1, f2, f3 = _dots_4(words, 8, at + 8, row_bytes, f0, f1, f2, f3)
+                    p0, p1, p2, p3 = _dots_4(words, 12, at + 12, row_bytes, p0, p1, p2, p3)
+                else:
+                    e0, e1, e2, e3 = _dots_4(words, 4, at + 4, row_bytes, e0, e1, e2, e3)
+                    e0, e1, e2, e3 = _dots_4(words, 8, at + 8, row_bytes, e0, e1, e2, e3)
+                    e0, e1, e2, e3 = _dots_4(words, 12, at + 12, row_bytes, e0, e1, e2, e3)
             e0, o0 = simd.int_add(e0, f0), simd.int_add(o0, p0)
             e1, o1 = simd.int_add(e1, f1), simd.int_add(o1, p1)
             e2, o2 = simd.int_add(e2, f2), simd.int_add(o2, p2)
@@ -180,7 +185,10 @@ def _four_tile_dots(weight, block_bytes, tile, x, row_bytes, groups, out, out_by
             for j in range(8):
                 words, at = simd.int_load(block + 32 + 64 * j), x + 8 * j
                 e0, e1, e2, e3 = _dots_8(words, 0, at, row_bytes, e0, e1, e2, e3)
-                o0, o1, o2, o3 = _dots_8(words, 8, at + 4, row_bytes, o0, o1, o2, o3)
+                if simd.MANY_REGISTERS:
+                    o0, o1, o2, o3 = _dots_8(words, 8, at + 4, row_bytes, o0, o1, o2, o3)
+                else:
+                    e0, e1, e2, e3 = _dots_8(words, 8, at + 4, row_bytes, e0, e1, e2, e3)
         a = _add_group(block, block_bytes, e0, o0, x, a)
         b = _add_group(block, block_bytes, e1, o1, x + row_bytes, b)
         c = _add_group(block, block_bytes, e2, o2, x + 2 * row_bytes, c)

@@ -1,6 +1,6 @@
 """The compiled decoding step, prepared for one model: which models it fits, and what it needs to know of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,12 +15,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from streaming.models import parallel
+from streaming.models import attention_kernel, parallel
 from streaming.models.int4 import PackedLinear
 from streaming.models.kernels import ROUNDED_BYTES, by_fours
 from streaming.models.kv_cache import BLOCK_TOKENS, GrowingLayer, make_growing
 from streaming.models.packing import GROUP_COLUMNS, TILE_ROWS
-from streaming.models.step_kernel import ATTENTION_COLUMNS, LAYER, PHASES_A_LAYER, ROW, SETTINGS, decode_step
+from streaming.models.step_kernel import CHUNK, LAYER, PHASES_A_LAYER, ROW, SETTINGS, decode_step
 
 _KNOWN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -145,10 +145,12 @@ class LlamaStep:
             table["cos"] = self._cos.data_ptr() + positions * self._cos.stride(0) * 4
             table["sin"] = self._sin.data_ptr() + positions * self._sin.stride(0) * 4
             row += n_tokens
+        chunks = _chunks(len(ids) for _, ids in pieces)
         self._x[: len(token_ids)] = self._embed(torch.tensor(token_ids))
         numbers = np.array(wanted, np.int64)
         logits = torch.empty(by_fours(len(wanted)), self._head.weight.shape[0] * TILE_ROWS)
         self._set(n_rows=len(token_ids), n_wanted=len(wanted), wanted=numbers.ctypes.data, logits=logits.data_ptr())
+        self._set(n_chunks=len(chunks), chunks=chunks.ctypes.data)
         self._phases.zero_()
         parallel.run(decode_step, self._settings.ctypes.data, self._room_for[-1])
         for cache, ids in pieces:
@@ -171,7 +173,9 @@ class LlamaStep:
         rounded_bytes = rows * widest // GROUP_COLUMNS * ROUNDED_BYTES + self._hidden * 4
         self._rounded = torch.empty(n_threads, rounded_bytes, dtype=torch.uint8)
         self._room = torch.empty(n_threads, rows * self._head_dim)
-        self._scores = torch.empty(n_threads, positions + BLOCK_TOKENS)
+        n_queries = min(rows, attention_kernel.ROWS_AT_ONCE) * (self._heads // self._kv_heads)
+        self._scores = torch.empty(n_threads, n_queries, positions + BLOCK_TOKENS)
+        self._tiles = torch.empty(n_threads, attention_kernel.TILE_BYTES_ROOM, dtype=torch.uint8)
         phase_bytes, n_phases = parallel.phase_bytes(n_threads), PHASES_A_LAYER * len(self._layers) + 1
         self._phases = torch.empty(n_phases * phase_bytes, dtype=torch.uint8)
         self._set(
@@ -189,11 +193,23 @@ class LlamaStep:
             room_bytes=self._room.stride(0) * 4,
             scores=self._scores.data_ptr(),
             scores_bytes=self._scores.stride(0) * 4,
+            score_bytes=self._scores.stride(1) * 4,
+            tiles=self._tiles.data_ptr(),
         )
 
     def _set(self, **fields: int) -> None:
         for name, value in fields.items():
             self._step[name] = value
+
+
+def _chunks(lengths: Iterable[int]) -> Any:
+    """Cut each sequence's rows into those that attend together: the first one's number and how many, CHUNK records."""
+    chunks: list[tuple[int, int]] = []
+    row, most = 0, attention_kernel.ROWS_AT_ONCE
+    for length in lengths:
+        chunks += [(row + start, min(most, length - start)) for start in range(0, length, most)]
+        row += length
+    return np.array(chunks, CHUNK)
 
 
 def _describe_layer(record: Any, layer: Any) -> None:
@@ -235,7 +251,7 @@ def _fits(model: Any) -> bool:
         and all(bias is None for bias in (*mlp_biases, model.lm_head.bias))
         and all(vector.dtype == torch.float32 and vector.is_contiguous() for vector in vectors)
         and config.hidden_act == "silu"
-        and layers[0].self_attn.head_dim % ATTENTION_COLUMNS == 0
+        and layers[0].self_attn.head_dim % attention_kernel.COLUMNS == 0
         and config.rope_parameters["rope_type"] not in _LENGTH_DEPENDENT_ROPE
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and (getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True))

@@ -10,12 +10,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
+
+MANY_REGISTERS: bool = binding.get_host_cpu_features().get("avx512f", False)
+"""Whether 32 vectors of sixteen lanes fit into registers; elsewhere 8 do, and what is more goes through memory."""
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
@@ -185,6 +188,44 @@ def total(_context: Any, _vector: Any) -> Any:
         return _call(builder, name, _FLOAT, zero, vector, fastmath=("reassoc",))
 
     return _operation(types.float32(f32x16), emit)
+
+
+# How two vectors, of 1, 2, 4 and 8 rows each, become one: which lanes of both are kept, at what distance those are
+# that are added to them, and how far apart the rows are so that all come out in order. Far lanes go first, when there
+# are most vectors: where a vector is two registers, that is an addition of registers.
+_FOLDS = {
+    2: ([*range(8), *range(16, 24)], 8, 8),
+    4: ([lane + i for lane in (0, 16, 8, 24) for i in range(4)], 4, 4),
+    8: ([lane + i for lane in (0, 16, 4, 20, 8, 24, 12, 28) for i in range(2)], 2, 1),
+    16: ([lane + i for lane in (0, 16, 4, 20, 8, 24, 12, 28) for i in (0, 2)], 1, 2),
+}
+
+
+@intrinsic
+def dots_64(_context: Any, _rows: Any, _vector: Any) -> Any:
+    """Return the dot products of sixteen rows of 64 float32 values, one after the other, with 64 others."""
+
+    def emit(builder: Any, rows: Any, vector: Any) -> Any:
+        def at(address: Any, offset: int) -> Any:
+            return _load(builder, builder.add(address, ir.Constant(address.type, offset)), _FLOATS, 4)
+
+        others = [at(vector, 64 * part) for part in range(4)]
+
+        def dots(count: int, row: int) -> Any:
+            """Return the sums of `count` rows, each still spread over 16 / count lanes."""
+            if count == 1:
+                product = builder.fmul(at(rows, 256 * row), others[0])
+                for part in range(1, 4):
+                    product = _fma(builder, at(rows, 256 * row + 64 * part), others[part], product)
+                return product
+            lanes, distance, row_step = _FOLDS[count]
+            low, high = dots(count // 2, row), dots(count // 2, row + row_step)
+            near, far = (ir.Constant(_INTS, [lane + shift for lane in lanes]) for shift in (0, distance))
+            return builder.fadd(builder.shuffle_vector(low, high, near), builder.shuffle_vector(low, high, far))
+
+        return dots(LANES, 0)
+
+    return _operation(f32x16(types.int64, types.int64), emit)
 
 
 @intrinsic

@@ -15,10 +15,10 @@ import numpy as np
 from numba import carray
 
 from streaming.models import simd
+from streaming.models.attention_kernel import TILE_BYTES_ROOM, attend
 from streaming.models.kernels import (
     ROUNDED_BYTES,
     TILE_BYTES,
-    apart,
     inline,
     int_record,
     kernel,
@@ -42,8 +42,10 @@ ROW = int_record("position capacity cos sin rooms")
 STEP = int_record(
     "n_threads n_layers layers n_rows rows hidden heads kv_heads head_dim intermediate final_norm head head_b"
     " head_tiles n_wanted wanted logits x queries attended gated rounded rounded_bytes room room_bytes scores"
-    " scores_bytes phases phase_bytes"
+    " scores_bytes score_bytes tiles n_chunks chunks phases phase_bytes"
 )
+# Rows that follow one another in a sequence and attend together.
+CHUNK = int_record("first n_rows")
 SETTINGS = np.dtype([("step", STEP), ("norm_eps", np.float32), ("attention_scale", np.float32)])
 
 _FLOAT, _HALF, _INT = 4, 2, 8
@@ -51,9 +53,6 @@ _FLOAT, _HALF, _INT = 4, 2, 8
 # Tiles in a unit of work, so that a unit takes a few microseconds.
 _OUT_TILES, _GATE_TILES, _DOWN_TILES, _HEAD_TILES = 4, 4, 2, 32
 PHASES_A_LAYER = 5
-
-# The columns of a head that attention takes at once.
-ATTENTION_COLUMNS = 64
 
 
 @inline
@@ -90,56 +89,6 @@ def _rotate(head, cos, sin, head_dim):
         simd.store(head + at, simd.fma(minus_b, simd.load(sin + at), simd.multiply(a, simd.load(cos + at))))
         rotated = simd.multiply(b, simd.load(cos + half + at))
         simd.store(head + half + at, simd.fma(a, simd.load(sin + half + at), rotated))
-
-
-@apart
-def _score(query, keys, length, head_dim, scores):
-    """Write keys @ query over `length` positions, and -inf up to a whole vector, to `scores`; return the largest."""
-    for column in range(0, head_dim, ATTENTION_COLUMNS):
-        q, key = query + column * _FLOAT, keys + column * _HALF
-        q0, q1, q2, q3 = simd.load(q), simd.load(q + 64), simd.load(q + 128), simd.load(q + 192)
-        for position in range(length):
-            low = simd.fma(q1, simd.load_halves(key + 32), simd.multiply(q0, simd.load_halves(key)))
-            high = simd.fma(q3, simd.load_halves(key + 96), simd.multiply(q2, simd.load_halves(key + 64)))
-            score = simd.total(simd.add(low, high))
-            if column:
-                score += simd.load_float(scores + position * _FLOAT)
-            simd.store_float(scores + position * _FLOAT, score)
-            key += head_dim * _HALF
-    for position in range(length, -(-length // simd.LANES) * simd.LANES):
-        simd.store_float(scores + position * _FLOAT, np.float32(-np.inf))
-    top = simd.load(scores)
-    for at in range(scores, scores + length * _FLOAT, TILE_BYTES):
-        top = simd.larger(top, simd.load(at))
-    return simd.largest(top)
-
-
-@apart
-def _attend(query, keys, values, length, scores, out, head_dim):
-    """Write softmax(keys @ query) @ values over `length` positions to `out`; `scores` is room for them."""
-    top = simd.splat(-_score(query, keys, length, head_dim, scores))
-    weights = simd.splat(np.float32(0))
-    for at in range(scores, scores + length * _FLOAT, TILE_BYTES):
-        weight = simd.exp(simd.add(simd.load(at), top))
-        simd.store(at, weight)
-        weights = simd.add(weights, weight)
-    factor = simd.splat(np.float32(1) / simd.total(weights))
-    for column in range(0, head_dim, ATTENTION_COLUMNS):
-        value = values + column * _HALF
-        a = simd.splat(np.float32(0))
-        b, c, d = a, a, a
-        for position in range(length):
-            weight = simd.load_splat(scores + position * _FLOAT)
-            a = simd.fma(weight, simd.load_halves(value), a)
-            b = simd.fma(weight, simd.load_halves(value + 32), b)
-            c = simd.fma(weight, simd.load_halves(value + 64), c)
-            d = simd.fma(weight, simd.load_halves(value + 96), d)
-            value += head_dim * _HALF
-        at = out + column * _FLOAT
-        simd.store(at, simd.multiply(a, factor))
-        simd.store(at + 64, simd.multiply(b, factor))
-        simd.store(at + 128, simd.multiply(c, factor))
-        simd.store(at + 192, simd.multiply(d, factor))
 
 
 @inline
@@ -226,17 +175,31 @@ def _project(step, layer, rows, index, phase, thread, rounded, norm_eps, scale, 
 
 
 @inline
-def _attend_all(step, rows, index, phase, thread, scores):
-    """Attention of every row's query heads over the positions so far, a head of a row a unit."""
-    dim, n_units = step.head_dim, step.heads * step.n_rows
+def _attend(step, rows, chunks, index, phase, thread, scores, tile):
+    """Attention of every row over the positions so far; a unit is a chunk of rows under one head of keys."""
+    dim, n_heads, n_units = step.head_dim, step.heads // step.kv_heads, step.kv_heads * step.n_chunks
+    row_bytes = step.heads * dim * _FLOAT
     unit = take_unit(phase, n_units, thread, step.n_threads)
     while unit >= 0:
-        row, head = rows[unit // step.heads], unit % step.heads
-        cached = head * step.kv_heads // step.heads * row.capacity * dim * _HALF
+        chunk, head = chunks[unit // step.kv_heads], unit % step.kv_heads
+        row = rows[chunk.first]
         keys, values = _int(row.rooms + 2 * index * _INT), _int(row.rooms + (2 * index + 1) * _INT)
-        at = unit * dim * _FLOAT
-        length = row.position + 1
-        _attend(step.queries + at, keys + cached, values + cached, length, scores, step.attended + at, dim)
+        cached = head * row.capacity * dim * _HALF
+        at = chunk.first * row_bytes + head * n_heads * dim * _FLOAT
+        attend(
+            step.queries + at,
+            step.attended + at,
+            row_bytes,
+            chunk.n_rows,
+            n_heads,
+            row.position,
+            keys + cached,
+            values + cached,
+            dim,
+            scores,
+            step.score_bytes,
+            tile,
+        )
         finish_unit(phase, n_units)
         unit = take_unit(phase, n_units, thread, step.n_threads)
     wait_for_phase(phase, n_units)
@@ -315,16 +278,18 @@ def decode_step(address):
     step, norm_eps, scale = settings.step, settings.norm_eps, settings.attention_scale
     layers = carray(simd.pointer(step.layers), step.n_layers, LAYER)
     rows = carray(simd.pointer(step.rows), step.n_rows, ROW)
+    chunks = carray(simd.pointer(step.chunks), step.n_chunks, CHUNK)
     thread = thread_number()
     # Each thread rounds all activations for itself, which is cheaper than another phase.
     rounded = step.rounded + thread * step.rounded_bytes
     scores, room = step.scores + thread * step.scores_bytes, step.room + thread * step.room_bytes
-    attended_columns, phase = step.heads * step.head_dim, step.phases
+    tile, attended_columns = step.tiles + thread * TILE_BYTES_ROOM, step.heads * step.head_dim
+    phase = step.phases
     for index in range(step.n_layers):
         layer = layers[index]
         _project(step, layer, rows, index, phase, thread, rounded, norm_eps, scale, room)
         phase += step.phase_bytes
-        _attend_all(step, rows, index, phase, thread, scores)
+        _attend(step, rows, chunks, index, phase, thread, scores, tile)
         phase += step.phase_bytes
         x, columns = step.attended, attended_columns
         _add_product(step, layer.o, layer.o_b, layer.o_bias, x, columns, _OUT_TILES, phase, thread, rounded, room)

@@ -32,7 +32,7 @@ from benchmarks.isolated import BROOK_SPINS, Isolated
 from benchmarks.peers import N_THREADS
 from benchmarks.report import report
 from streaming import GenerationRequest
-from streaming.engine.local import load_engine
+from streaming.engine.load import load_engine
 from streaming.events import TokenEvent
 from streaming.models.loading import load_model
 

@@ -10,7 +10,8 @@ import torch
 
 from streaming.engine.base import Generation, GenerationRequest
 from streaming.engine.batched import BatchedEngine
-from streaming.engine.local import PREFILL_CHUNK_TOKENS, LocalEngine
+from streaming.engine.generate import PREFILL_CHUNK_TOKENS
+from streaming.engine.local import LocalEngine
 from streaming.errors import EngineBusy, EngineClosed, InvalidRequest, PromptTooLong, StreamTimeout
 from streaming.events import FinishEvent, TokenEvent
 from tests.tiny import N_CONTEXT, ScriptedModel, byte_tokenizer, loaded, tiny_llama

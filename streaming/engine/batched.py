@@ -84,16 +84,16 @@ class BatchedEngine(LocalEngine):
                 run.must_give_way = False
 
     def _serve_together(self, first: Run, batch: Batch, loaded: LoadedModel) -> None:
-        self._join(first, batch)
+        self._join(first, batch, loaded)
         while batch.n_runs:
             while (newcomer := self._next_seated()) is not None:
-                if batch.reads_caches:
-                    self._open_cache(newcomer, loaded)
-                self._join(newcomer, batch)
+                self._join(newcomer, batch, loaded)
             batch.advance()
 
-    def _join(self, run: Run, batch: Batch) -> None:
+    def _join(self, run: Run, batch: Batch, loaded: LoadedModel) -> None:
         try:
+            if run.cache is None and batch.reads_caches:
+                self._open_cache(run, loaded)
             batch.join(run)
         except BaseException as error:
             self._end(run, error)

@@ -1,10 +1,11 @@
 """One run by the model's own `generate()`, and when a run has written its last token."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig
+from transformers import Cache, DynamicCache, GenerationConfig
 
 from streaming.engine.decode_loop import decode_loop
 from streaming.engine.run import Run
@@ -43,6 +44,15 @@ def generate(run: Run, cache: Cache, loaded: LoadedModel) -> None:
         streamer=run,
         custom_generate=functools.partial(decode_loop, streamer=run),
     )
+
+
+@torch.no_grad()
+def read(ids: Sequence[int], loaded: LoadedModel) -> Cache:
+    """Read tokens, at most a chunk, into a new cache."""
+    model: Any = loaded.model
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
 
 
 def has_stopped(run: Run, loaded: LoadedModel) -> bool:

@@ -11,10 +11,11 @@ import psutil
 import torch
 from transformers import Cache, DynamicCache
 
+from streaming.chat import encode_opening
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
 from streaming.engine.failures import as_unavailable, explain
-from streaming.engine.generate import generate, has_stopped
-from streaming.engine.prefix_cache import PrefixCache
+from streaming.engine.generate import PREFILL_CHUNK_TOKENS, generate, has_stopped, read
+from streaming.engine.prefix_cache import NOBODY, PrefixCache
 from streaming.engine.queue import FairQueue
 from streaming.engine.run import GiveWay, Run, StopStringMet, build_run
 from streaming.errors import EngineClosed, GenerationCancelled, ModelUnavailable, StreamTimeout
@@ -30,6 +31,8 @@ JOIN_TIMEOUT_S = 60.0
 
 MAX_CACHE_BYTES = 2 * 2**30
 """The most memory that kept prefixes take, however much is free."""
+MIN_OPENING_TOKENS = 16
+"""What all chats begin with is kept for all from this length on: less is read about as fast as it is copied."""
 
 Load = Callable[[Callable[[LoadProgress], None]], LoadedModel]
 
@@ -69,6 +72,7 @@ class LocalEngine:
         self._queue: FairQueue[Run] = FairQueue(max_active, max_queued)
         self._active: Run | None = None  # for which the model is called
         self._closing = False
+        self._knows_opening = False
         self._detail = ""  # what is worth knowing of how requests are served
         self._worker = threading.Thread(target=self._work, name="brook-engine", daemon=True)
         self._worker.start()
@@ -223,9 +227,10 @@ class LocalEngine:
         return run
 
     def _serve(self, run: Run, loaded: LoadedModel) -> None:
-        self._active = run
         try:
-            generate(run, self._open_cache(run, loaded), loaded)
+            cache = self._open_cache(run, loaded)
+            self._active = run
+            generate(run, cache, loaded)
         except GiveWay:
             raise
         except BaseException as error:
@@ -262,14 +267,25 @@ class LocalEngine:
             run.finish(reason, message)
 
     def _open_cache(self, run: Run, loaded: LoadedModel) -> Cache:
-        """Give a run the cache that it goes on with: of its owner's earlier requests, or a new one."""
-        generation = run.generation
-        cache = self._prefixes.take(generation.request.owner, generation.prompt_ids)
+        """Give a run the cache that it goes on with: of its owner's earlier requests, of the opening, or a new one."""
+        generation, request = run.generation, run.generation.request
+        cache = self._prefixes.take(request.owner, generation.prompt_ids)
+        if cache is None and request.messages and request.messages[0]["role"] != "system" and not self._knows_opening:
+            self._read_opening(loaded)
+            cache = self._prefixes.take(request.owner, generation.prompt_ids)
         if cache is None:
             cache = DynamicCache(config=loaded.model.config)
         run.cache = cache
         run.n_reused_tokens = cache.get_seq_length()
         return cache
+
+    def _read_opening(self, loaded: LoadedModel) -> None:
+        """Read what every chat begins with and keep it for everyone, where it is more than a few tokens."""
+        self._knows_opening = True
+        with self._encoding:
+            ids = encode_opening(loaded.tokenizer, loaded.n_context)[:PREFILL_CHUNK_TOKENS]
+        if len(ids) >= MIN_OPENING_TOKENS:
+            self._prefixes.keep(NOBODY, ids, read(ids, loaded))
 
     def _keep(self, run: Run, cache: Cache) -> None:
         generation = run.generation

@@ -15,7 +15,7 @@ from streaming.engine.local import LocalEngine
 from streaming.engine.prefix_cache import NOBODY
 from streaming.errors import EngineBusy, EngineClosed, InvalidRequest, PromptTooLong, StreamTimeout
 from streaming.events import FinishEvent, TokenEvent
-from tests.tiny import N_CONTEXT, SYSTEM_TEMPLATE, ScriptedModel, byte_tokenizer, loaded, tiny_llama
+from tests.tiny import N_CONTEXT, SYSTEM, SYSTEM_TEMPLATE, ScriptedModel, byte_tokenizer, loaded, tiny_llama
 
 WAIT_S = 30
 EOS = 258
@@ -483,9 +483,7 @@ class TestReuse:
 
     def test_of_two_owners_chats_only_what_every_chat_begins_with_is_read_once(self, serve):
         engine, fresh = (serve(tiny_llama(), tokenizer=byte_tokenizer(SYSTEM_TEMPLATE)) for _ in range(2))
-        opening = byte_tokenizer()("<|im_start|>system\nYou are a helpful model.<|im_end|>\n<|im_start|>user\n")[
-            "input_ids"
-        ]
+        opening = byte_tokenizer()(SYSTEM + "<|im_start|>user\n")["input_ids"]
         chat = {"messages": [{"role": "user", "content": "the same words of both"}]}
         options = {"max_new_tokens": 8, "temperature": 0}
         n_reused = []

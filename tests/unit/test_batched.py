@@ -13,7 +13,7 @@ from streaming.engine.managed import ManagedBatch
 from streaming.models.int4 import pack_model
 from streaming.models.llama_step import LlamaStep
 from tests.packed import WITH_STEP, random_model
-from tests.tiny import SYSTEM_TEMPLATE, byte_tokenizer, loaded, tiny_llama
+from tests.tiny import SYSTEM, SYSTEM_TEMPLATE, byte_tokenizer, loaded, tiny_llama
 
 WAIT_S = 60
 KINDS = ("compiled", "in turn", "managed")
@@ -108,8 +108,7 @@ def test_whoever_joins_goes_on_from_what_every_chat_begins_with(kind):
         for engine in engines:
             engine.close()
     assert [run.result(0).token_ids for run in shared] == [run.result(0).token_ids for run in alone]
-    opening = "<|im_start|>system\nYou are a helpful model.<|im_end|>\n<|im_start|>user\n"
-    n_opening = len(tokenizer(opening)["input_ids"])
+    n_opening = len(tokenizer(SYSTEM + "<|im_start|>user\n")["input_ids"])
     n_reused = [run.finish.n_reused_tokens for run in shared]
     assert n_reused == ([n_opening] * 6 if kind != "managed" else [n_opening] + [0] * 5)
     assert {run.finish.n_reused_tokens for run in alone} == {0}

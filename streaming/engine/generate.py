@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig
 
-from streaming.engine.decode_loop import decode_loop
+from streaming.engine.decode_loop import compiled_step, decode_loop
 from streaming.engine.run import Run
 from streaming.models.loading import LoadedModel
 
@@ -51,6 +51,10 @@ def read(ids: Sequence[int], loaded: LoadedModel) -> Cache:
     """Read tokens, at most a chunk, into a new cache."""
     model: Any = loaded.model
     cache = DynamicCache(config=model.config)
+    step = compiled_step(model)
+    if step is not None and len(ids) <= step.few_tokens:
+        step.read_few(cache, ids)
+        return cache
     model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 

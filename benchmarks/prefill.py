@@ -19,7 +19,7 @@ from benchmarks.isolated import BROOK_SPINS, Isolated
 from benchmarks.peers import N_THREADS, llama_cpp, stock_model
 from benchmarks.report import in_turn, median_ratio, report
 from streaming.engine.decode_loop import decode_loop
-from streaming.engine.local import PREFILL_CHUNK_TOKENS
+from streaming.engine.generate import PREFILL_CHUNK_TOKENS
 from streaming.models.loading import load_model
 
 N_TOKENS = 1024

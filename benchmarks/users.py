@@ -1,4 +1,4 @@
-"""Many people at once: what they get together, how long the last one waits to begin, and the longest pause of any.
+"""Many people at once: what they get together, how long they wait to begin, and the longest pause of any.
 
 1 to 16 people ask at the same moment, each for 64 greedy tokens with a prompt of their own. Brook's batched engine, a
 thread of bare `generate()` for each (bf16; for 1 and 8 people alone, because it takes long), and
@@ -6,6 +6,9 @@ thread of bare `generate()` for each (bf16; for 1 and 8 people alone, because it
 own, take turns.
 
     pip install -r requirements-bench.txt && python -m benchmarks.users
+
+With `--engines`, Brook's own two engines take turns instead, with the default model and with one that has no compiled
+step: a small GPT-NeoX of random weights.
 """
 
 import argparse
@@ -23,23 +26,27 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from benchmarks.decode import PerToken
 from benchmarks.isolated import BROOK_SPINS, Isolated
 from benchmarks.peers import N_THREADS
-from benchmarks.report import report
+from benchmarks.report import in_turn, median_ratio, report
 from streaming import GenerationRequest
-from streaming.engine.local import load_engine
+from streaming.engine.load import load_engine
 from streaming.events import TokenEvent
-from streaming.models.loading import load_model
+from streaming.models.loading import load_model, load_tokenizer
 
 PEOPLE = (1, 2, 4, 8, 16)
 MOST_THREADS = 8
 N_TOKENS = 64
 ROUNDS = 3
+ENGINES = ("local", "batched")
+ALONE_AND_MANY = (1, 8)
+COLUMNS = ("tokens/s, all together", "mean first token, s", "worst first token, s", "longest pause, s")
 TIMEOUT_S = 300
 TOPICS = ("a lighthouse", "the sea", "a train", "winter", "a market", "two brothers", "a garden", "the moon")
 
@@ -52,8 +59,17 @@ def messages_of(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Person {number} asks for a long story about {TOPICS[number % len(TOPICS)]}."}]
 
 
-def crowd(stream: Stream, n_people: int) -> tuple[float, float, float]:
-    """Let people ask at once; return tokens/s of all, the worst first token and the longest pause, in seconds."""
+class Served(NamedTuple):
+    """What people who ask at once get: all together, then each, in seconds."""
+
+    tokens_per_s: float
+    mean_first_s: float
+    worst_first_s: float
+    longest_pause_s: float
+
+
+def crowd(stream: Stream, n_people: int) -> Served:
+    """Let people ask at once."""
     arrivals: list[list[float]] = [[] for _ in range(n_people)]
     together = threading.Barrier(n_people + 1)
 
@@ -73,11 +89,12 @@ def crowd(stream: Stream, n_people: int) -> tuple[float, float, float]:
     assert least > N_TOKENS // 2, f"someone got only {least} pieces of {N_TOKENS} tokens"
     took_s = max(times[-1] for times in arrivals) - began
     pauses = [later - one for times in arrivals for one, later in itertools.pairwise(times)]
-    return n_people * N_TOKENS / took_s, max(times[0] for times in arrivals) - began, max(pauses)
+    firsts = [times[0] - began for times in arrivals]
+    return Served(n_people * N_TOKENS / took_s, statistics.mean(firsts), max(firsts), max(pauses))
 
 
-def brook(device: str) -> Callable[[int], tuple[float, float, float]]:
-    engine = load_engine(engine="batched", device=device)
+def brook(device: str, engine_name: str = "batched", model: str | None = None) -> Callable[[int], Served]:
+    engine = load_engine(model, engine=engine_name, device=device)
     torch.set_num_threads(N_THREADS)
 
     def stream(messages: list[dict[str, str]]) -> Iterable[Any]:
@@ -92,7 +109,7 @@ def brook(device: str) -> Callable[[int], tuple[float, float, float]]:
     return partial(crowd, stream)
 
 
-def threads(device: str) -> Callable[[int], tuple[float, float, float]]:
+def threads(device: str) -> Callable[[int], Served]:
     loaded = load_model(quantize="none", dtype="bfloat16", device=device)
     model, tokenizer = loaded.model, loaded.tokenizer
     torch.set_num_threads(N_THREADS)
@@ -133,7 +150,7 @@ class Serve:
                     raise
                 time.sleep(0.2)
 
-    def __call__(self, n_people: int) -> tuple[float, float, float]:
+    def __call__(self, n_people: int) -> Served:
         return crowd(self._stream, n_people)
 
     def close(self) -> None:
@@ -154,13 +171,42 @@ class Serve:
         connection.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--people", type=int, nargs="+", default=PEOPLE)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    arguments = parser.parse_args()
-    device = arguments.device
+def save_without_step(folder: Path) -> None:
+    """Save a model of random weights that no compiled step fits, about as large as the default one's layers."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer()
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 9}
+    config = GPTNeoXConfig(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, **shape)
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def compare_engines(device: str, people: Iterable[int], rounds: int) -> None:
+    """Let the local and the batched engine take turns, for one person alone and for many."""
+    rows, results = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_without_step(Path(folder))
+        for kind, model in (("default model", None), ("no compiled step", folder)):
+            engines = {
+                name: Isolated(partial(brook, device, name, model), GOMP_SPINCOUNT=BROOK_SPINS) for name in ENGINES
+            }
+            for run in engines.values():
+                run(2)  # warm up
+            for n_people in people:
+                served = in_turn({name: partial(run, n_people) for name, run in engines.items()}, rounds)
+                results[f"{kind}, {n_people}"] = served
+                speeds = {name: [one.tokens_per_s for one in served[name]] for name in ENGINES}
+                for name in ENGINES:
+                    ratio = median_ratio(speeds[name], speeds["local"])
+                    rows.append([kind, n_people, name, *map(statistics.median, zip(*served[name], strict=True)), ratio])
+            for run in engines.values():
+                run.close()
+    columns = ["model", "people", "engine", *COLUMNS, "tokens/s by local's"]
+    report(f"engines_{device}", columns, rows, n_tokens=N_TOKENS, n_threads=N_THREADS, rounds=results)
+
+
+def compare_peers(device: str, people: Iterable[int], rounds: int) -> None:
+    """Let Brook and its peers take turns."""
     with tempfile.TemporaryDirectory() as folder:
         peers: dict[str, Any] = {
             "Brook": Isolated(partial(brook, device), GOMP_SPINCOUNT=BROOK_SPINS),
@@ -169,23 +215,35 @@ def main() -> None:
         }
         for run in peers.values():
             run(2)  # warm up
-        results: dict[str, dict[int, list[tuple[float, float, float]]]] = {name: {} for name in peers}
-        for _ in range(arguments.rounds):
-            for n_people in arguments.people:
+        results: dict[str, dict[int, list[Served]]] = {name: {} for name in peers}
+        for _ in range(rounds):
+            for n_people in people:
                 for name, run in peers.items():
                     if name != "threads of generate()" or n_people in (1, MOST_THREADS):
                         results[name].setdefault(n_people, []).append(run(n_people))
         for run in peers.values():
             run.close()
-    rows = []
-    for n_people in arguments.people:
-        for name in peers:
-            if n_people in results[name]:
-                speeds, firsts, pauses = zip(*results[name][n_people], strict=True)
-                rows.append([n_people, name, statistics.median(speeds), max(firsts), max(pauses)])
-    columns = ["people", "", "tokens/s, all together", "worst first token, s", "longest pause, s"]
+    rows = [
+        [n_people, name, *map(statistics.median, zip(*results[name][n_people], strict=True))]
+        for n_people in people
+        for name in peers
+        if n_people in results[name]
+    ]
     name = "users" if device == "cpu" else f"users_{device}"
-    report(name, columns, rows, n_tokens=N_TOKENS, n_threads=N_THREADS, rounds=results)
+    report(name, ["people", "", *COLUMNS], rows, n_tokens=N_TOKENS, n_threads=N_THREADS, rounds=results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--people", type=int, nargs="+")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--engines", action="store_true", help="compare Brook's engines with each other")
+    arguments = parser.parse_args()
+    if arguments.engines:
+        compare_engines(arguments.device, arguments.people or ALONE_AND_MANY, arguments.rounds)
+    else:
+        compare_peers(arguments.device, arguments.people or PEOPLE, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if TYPE_CHECKING:
     from streaming.engine.base import Generation as Generation
     from streaming.engine.base import GenerationRequest as GenerationRequest
-    from streaming.engine.local import load_engine as load_engine
+    from streaming.engine.load import load_engine as load_engine
     from streaming.errors import BrookError as BrookError
     from streaming.events import FinishEvent as FinishEvent
     from streaming.events import TokenEvent as TokenEvent
@@ -40,7 +40,7 @@ _HOMES = {
     "SocketStreamer": "streaming.streamers",
     "TeeStreamer": "streaming.streamers",
     "TokenEvent": "streaming.events",
-    "load_engine": "streaming.engine.local",
+    "load_engine": "streaming.engine.load",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore

@@ -4,6 +4,7 @@ Source: transformers 5.23, `apply_chat_template(sanitize_control_tokens=True)`: 
 encoded as ordinary text, each on its own.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,12 @@ def _fit(tokenizer: Any, messages: Sequence[Message], max_prompt_tokens: int) ->
     if len(ids) > max_prompt_tokens:
         raise PromptTooLong(len(ids), max_prompt_tokens)
     return EncodedChat(tuple(ids), n_dropped_messages=starts[low])
+
+
+def encode_opening(tokenizer: Any, max_prompt_tokens: int) -> tuple[int, ...]:
+    """Return the ids that every chat without a system prompt of its own begins with: the template's, nobody's words."""
+    chats = [encode_chat(tokenizer, [{"role": "user", "content": text}], max_prompt_tokens).ids for text in "ab"]
+    return tuple(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*chats, strict=False)))
 
 
 def encode_text(tokenizer: Any, text: str, max_prompt_tokens: int) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def _load(options: argparse.Namespace) -> "LocalEngine":
     """Load the model, showing on standard error how far it is."""
     with collector_paused(), _ProgressLine(sys.stderr) as line:
         line.show("Loading the model")
-        from streaming.engine.local import load_engine
+        from streaming.engine.load import load_engine
 
         engine = load_engine(options.model, wait=False, device=options.device, quantize=options.quantize)
         try:

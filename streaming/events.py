@@ -68,7 +68,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The last event of every stream: why it ended, what went wrong, how much it did and how fast."""
+    """The last event of every stream: why it ended, what went wrong, how much it did and how fast.
+
+    `n_reused_tokens` of the prompt were not read for this request: its owner's earlier ones had them, or every chat.
+    """
 
     reason: FinishReason
     error: str | None = None

@@ -27,8 +27,12 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+# As that of many models: who brings no system prompt gets one.
+SYSTEM = "<|im_start|>system\nYou are a helpful model.<|im_end|>\n"
+SYSTEM_TEMPLATE = "{% if messages[0]['role'] != 'system' %}" + SYSTEM + "{% endif %}" + CHAT_TEMPLATE
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+
+def byte_tokenizer(chat_template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """Every byte is a token (ids 0 to 255), then the control tokens; characters take one to four tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
@@ -42,7 +46,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<|endoftext|>",
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = chat_template
     return tokenizer
 
 

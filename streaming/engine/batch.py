@@ -11,9 +11,7 @@ from transformers import Cache
 from streaming.engine.run import Run
 
 STEP_TOKENS = 64
-"""The most prompt tokens in a step while others are writing: what a newcomer costs them is a pause of this much."""
-READING_TOKENS = 128
-"""The same while nobody is writing."""
+"""The most prompt tokens in a step: what newcomers cost those who are writing is a pause of this much."""
 
 End = Callable[[Run, BaseException | None], None]
 
@@ -112,8 +110,11 @@ class StepBatch:
         self._seats.append(_Seat(run, self._step.open(run.cache), ids, run.cache.get_seq_length()))
 
     def advance(self) -> None:
-        pieces = self._share_out()
-        for group in [[piece] for piece in pieces] if self._one_by_one else [pieces]:
+        # Whoever gets nothing to read in this step is asked too: one that was cancelled leaves at once.
+        pieces = [
+            (seat, ids) for seat, ids in self._share_out() if self._try(seat, seat.run.before_forward, len(ids)) and ids
+        ]
+        for group in filter(None, [[piece] for piece in pieces] if self._one_by_one else [pieces]):
             self._read(group)
 
     def paused(self) -> AbstractContextManager[Any]:
@@ -123,22 +124,15 @@ class StepBatch:
         pass
 
     def _share_out(self) -> list[tuple[_Seat, list[int]]]:
-        """Give every writing run its token, and those that still read equal parts of what the step has room for."""
-        writing = [seat for seat in self._seats if seat.is_writing]
+        """Give every writing run its token, and those that still read what `share_out` leaves each, maybe nothing."""
         reading = [seat for seat in self._seats if not seat.is_writing]
-        pieces = [(seat, seat.ids[-1:]) for seat in writing]
-        n_left = STEP_TOKENS if writing else READING_TOKENS
-        for n_sharing, seat in zip(range(len(reading), 0, -1), reading, strict=True):
-            unread = seat.ids[seat.n_read : seat.n_read + -(-n_left // n_sharing)]
-            n_left -= len(unread)
-            if unread:
-                pieces.append((seat, unread))
+        parts = share_out([len(seat.ids) - seat.n_read for seat in reading], STEP_TOKENS)
+        pieces = [(seat, seat.ids[-1:]) for seat in self._seats if seat.is_writing]
+        for seat, n_tokens in zip(reading, parts, strict=True):
+            pieces.append((seat, seat.ids[seat.n_read : seat.n_read + n_tokens]))
         return pieces
 
     def _read(self, pieces: list[tuple[_Seat, list[int]]]) -> None:
-        pieces = [piece for piece in pieces if self._try(piece[0], piece[0].run.before_forward, len(piece[1]))]
-        if not pieces:
-            return
         wanted, row, choosing = [], 0, []
         for seat, ids in pieces:
             row += len(ids)
@@ -177,6 +171,21 @@ class StepBatch:
     def _leave(self, seat: _Seat, error: BaseException | None) -> None:
         self._seats.remove(seat)
         self._end(seat.run, error)
+
+
+def share_out(rests: Sequence[int], room: int) -> list[int]:
+    """Split a step's room for prompt tokens among those who read: in the order in which they came, what each has left.
+
+    The shortest rest is read first, so that most people get their first token soonest. A quarter of the room is for
+    whoever came first, so that a long prompt gets on however many short ones come.
+    """
+    parts = [min(rest, -(-room // 4)) for rest in rests[:1]] + [0] * len(rests[1:])
+    n_left = room - sum(parts)
+    for number in sorted(range(len(rests)), key=rests.__getitem__):
+        more = min(rests[number] - parts[number], n_left)
+        parts[number] += more
+        n_left -= more
+    return parts
 
 
 def choose_token(run: Run, ids: Iterable[int], logits: torch.Tensor) -> int:

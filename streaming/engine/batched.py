@@ -1,10 +1,12 @@
 """The engine for many people: whoever is alone is served by `generate()`, several are served at once."""
 
+import functools
 import logging
 from typing import Any
 
 from streaming.engine.batch import Batch, ForwardStep, Step, StepBatch
 from streaming.engine.decode_loop import compiled_step
+from streaming.engine.generate import is_over
 from streaming.engine.local import LocalEngine
 from streaming.engine.run import GiveWay, Run
 from streaming.models.loading import LoadedModel
@@ -36,17 +38,18 @@ class BatchedEngine(LocalEngine):
         self._batch = self._build_batch(loaded)
 
     def _build_batch(self, loaded: LoadedModel) -> Batch:
+        over = functools.partial(is_over, loaded=loaded)
         step = compiled_step(loaded.model)
         if isinstance(step, Step):
-            return StepBatch(step, self._is_over, self._end, one_by_one=False)
+            return StepBatch(step, over, self._end, one_by_one=False)
         from streaming.engine.managed import try_manager  # a part of transformers that most starts do not need
 
-        batch = try_manager(loaded.model, loaded.n_context, self.n_seats, self._is_over, self._end)
+        batch = try_manager(loaded.model, loaded.n_context, self.n_seats, over, self._end)
         if batch is not None:
             return batch
         self._detail = "This model cannot be batched: requests take turns, a token each."
         logger.warning(self._detail)
-        return StepBatch(ForwardStep(loaded.model), self._is_over, self._end, one_by_one=True)
+        return StepBatch(ForwardStep(loaded.model), over, self._end, one_by_one=True)
 
     def _let_go(self) -> None:
         if self._batch is not None:
@@ -81,16 +84,16 @@ class BatchedEngine(LocalEngine):
                 run.must_give_way = False
 
     def _serve_together(self, first: Run, batch: Batch, loaded: LoadedModel) -> None:
-        self._join(first, batch)
+        self._join(first, batch, loaded)
         while batch.n_runs:
             while (newcomer := self._next_seated()) is not None:
-                if batch.reads_caches:
-                    self._open_cache(newcomer, loaded)
-                self._join(newcomer, batch)
+                self._join(newcomer, batch, loaded)
             batch.advance()
 
-    def _join(self, run: Run, batch: Batch) -> None:
+    def _join(self, run: Run, batch: Batch, loaded: LoadedModel) -> None:
         try:
+            if run.cache is None and batch.reads_caches:
+                self._open_cache(run, loaded)
             batch.join(run)
         except BaseException as error:
             self._end(run, error)
@@ -98,6 +101,3 @@ class BatchedEngine(LocalEngine):
     def _next_seated(self) -> Run | None:
         with self._changed:
             return self._take() if len(self._queue.served) < self.n_seats else None
-
-    def _is_over(self, run: Run) -> bool:
-        return len(run.token_ids) >= self._n_max_tokens(run) or (bool(run.token_ids) and self._is_eos(run))

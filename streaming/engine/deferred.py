@@ -39,7 +39,7 @@ def defer_engine(settings: Settings, model: str | None, make_room: MakeRoom) -> 
             from streaming.engine.remote import RemoteEngine
 
             return RemoteEngine(settings.base_url, model, os.environ.get(settings.api_key_env or ""))
-        from streaming.engine.local import load_engine
+        from streaming.engine.load import load_engine
 
         return load_engine(
             model,

@@ -1,7 +1,6 @@
 """The engine on this machine: one worker thread owns the model and calls `generate()`, one request after another."""
 
 import dataclasses
-import functools
 import logging
 import threading
 import time
@@ -10,21 +9,21 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig
+from transformers import Cache, DynamicCache
 
+from streaming.chat import encode_opening
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
-from streaming.engine.decode_loop import decode_loop
-from streaming.engine.prefix_cache import PrefixCache
+from streaming.engine.failures import as_unavailable, explain
+from streaming.engine.generate import PREFILL_CHUNK_TOKENS, generate, has_stopped, read
+from streaming.engine.prefix_cache import NOBODY, PrefixCache
 from streaming.engine.queue import FairQueue
 from streaming.engine.run import GiveWay, Run, StopStringMet, build_run
 from streaming.errors import EngineClosed, GenerationCancelled, ModelUnavailable, StreamTimeout
 from streaming.events import FinishReason
-from streaming.models.loading import LoadedModel, LoadProgress, load_model
+from streaming.models.loading import LoadedModel, LoadProgress
 
 logger = logging.getLogger(__name__)
 
-PREFILL_CHUNK_TOKENS = 256
-"""The prompt is read in chunks of this many tokens: cancelling and progress happen between them."""
 READY_TIMEOUT_S = 3600.0
 """How long a request waits for the model to load: the first start may fetch gigabytes."""
 JOIN_TIMEOUT_S = 60.0
@@ -32,46 +31,10 @@ JOIN_TIMEOUT_S = 60.0
 
 MAX_CACHE_BYTES = 2 * 2**30
 """The most memory that kept prefixes take, however much is free."""
+MIN_OPENING_TOKENS = 16
+"""What all chats begin with is kept for all from this length on: less is read about as fast as it is copied."""
 
 Load = Callable[[Callable[[LoadProgress], None]], LoadedModel]
-
-
-def load_engine(
-    model: str | None = None,
-    *,
-    engine: str = "local",
-    wait: bool = True,
-    max_cache_bytes: int | None = None,
-    max_active: int = 0,
-    max_queued: int = 0,
-    **options: Any,
-) -> "LocalEngine":
-    """Load a model and serve requests with it; None is the default model.
-
-    The engine "local" serves one request at a time, "batched" (and "auto") many at once: see BatchedEngine. With
-    `wait=False` the model loads in the background while requests wait. `max_cache_bytes` bounds what is kept of
-    earlier requests, `max_active` and `max_queued` how many there may be (see LocalEngine); `options` are
-    `load_model`'s.
-
-    Raises:
-        ModelUnavailable: the model cannot be loaded (with `wait`; else `wait_ready()` and `submit()` raise it).
-    """
-    from streaming.engine.batched import BatchedEngine  # which is a LocalEngine
-
-    started = (LocalEngine if engine == "local" else BatchedEngine)(
-        lambda progress: load_model(model, progress=progress, **options),
-        model or "",
-        max_cache_bytes=max_cache_bytes,
-        max_active=max_active,
-        max_queued=max_queued,
-    )
-    if wait:
-        try:
-            started.wait_ready(READY_TIMEOUT_S)
-        except ModelUnavailable:
-            started.close()
-            raise
-    return started
 
 
 class LocalEngine:
@@ -109,6 +72,7 @@ class LocalEngine:
         self._queue: FairQueue[Run] = FairQueue(max_active, max_queued)
         self._active: Run | None = None  # for which the model is called
         self._closing = False
+        self._knows_opening = False
         self._detail = ""  # what is worth knowing of how requests are served
         self._worker = threading.Thread(target=self._work, name="brook-engine", daemon=True)
         self._worker.start()
@@ -231,7 +195,7 @@ class LocalEngine:
         except Exception as error:
             if not isinstance(error, ModelUnavailable):
                 logger.exception("The model could not be loaded")
-            self._load_error = _as_unavailable(error)
+            self._load_error = as_unavailable(error)
             return
         finally:
             self._ready.set()
@@ -263,9 +227,10 @@ class LocalEngine:
         return run
 
     def _serve(self, run: Run, loaded: LoadedModel) -> None:
-        self._active = run
         try:
-            self._generate(run, loaded)
+            cache = self._open_cache(run, loaded)
+            self._active = run
+            generate(run, cache, loaded)
         except GiveWay:
             raise
         except BaseException as error:
@@ -281,14 +246,15 @@ class LocalEngine:
         message: str | None = "The model stopped without saying why; try again."
         try:
             if error is None:
-                reason, message = ("stop" if self._is_eos(run) else "length"), None
+                assert self._loaded is not None
+                reason, message = ("stop" if has_stopped(run, self._loaded) else "length"), None
             elif isinstance(error, StopStringMet):
                 reason, message = "stop", None
             elif isinstance(error, GenerationCancelled):
                 reason, message = "cancelled", None
             else:
                 logger.error("Generation failed after %d tokens", run.row.n_tokens, exc_info=error)
-                message = _explain(error)
+                message = explain(error)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             if reason != "error" and run.cache is not None:
@@ -300,54 +266,26 @@ class LocalEngine:
                 self._show_places()
             run.finish(reason, message)
 
-    def _is_eos(self, run: Run) -> bool:
-        return self._loaded is not None and run.row.last_id in _eos_ids(self._loaded.model)
-
-    def _n_max_tokens(self, run: Run) -> int:
-        """How many tokens the run may write: what was asked for, within the model's context."""
-        assert self._loaded is not None
-        return min(run.sampling.max_new_tokens, self._loaded.n_context - len(run.generation.prompt_ids))
-
     def _open_cache(self, run: Run, loaded: LoadedModel) -> Cache:
-        """Give a run the cache that it goes on with: of its owner's earlier requests, or a new one."""
-        generation = run.generation
-        cache = self._prefixes.take(generation.request.owner, generation.prompt_ids)
+        """Give a run the cache that it goes on with: of its owner's earlier requests, of the opening, or a new one."""
+        generation, request = run.generation, run.generation.request
+        cache = self._prefixes.take(request.owner, generation.prompt_ids)
+        if cache is None and request.messages and request.messages[0]["role"] != "system" and not self._knows_opening:
+            self._read_opening(loaded)
+            cache = self._prefixes.take(request.owner, generation.prompt_ids)
         if cache is None:
             cache = DynamicCache(config=loaded.model.config)
         run.cache = cache
         run.n_reused_tokens = cache.get_seq_length()
         return cache
 
-    def _generate(self, run: Run, loaded: LoadedModel) -> None:
-        """Call `generate()`; the tokens arrive in the run's log, what was read stays in its cache."""
-        model: Any = loaded.model
-        tokenizer = loaded.tokenizer
-        cache = self._open_cache(run, loaded)
-        ids = torch.tensor([run.generation.prompt_ids], device=model.device)
-        eos_ids = sorted(_eos_ids(model))
-        config = GenerationConfig(
-            # Whatever the processors do is switched off here: generate() fills what is left open from the model's own
-            # config, and would do it twice.
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            repetition_penalty=1.0,
-            max_new_tokens=self._n_max_tokens(run),
-            prefill_chunk_size=PREFILL_CHUNK_TOKENS,
-            eos_token_id=eos_ids or None,
-            pad_token_id=eos_ids[0] if tokenizer.pad_token_id is None and eos_ids else tokenizer.pad_token_id,
-        )
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=config,
-            past_key_values=cache,
-            logits_processor=run.processors,
-            streamer=run,
-            custom_generate=functools.partial(decode_loop, streamer=run),
-        )
+    def _read_opening(self, loaded: LoadedModel) -> None:
+        """Read what every chat begins with and keep it for everyone, where it is more than a few tokens."""
+        self._knows_opening = True
+        with self._encoding:
+            ids = encode_opening(loaded.tokenizer, loaded.n_context)[:PREFILL_CHUNK_TOKENS]
+        if len(ids) >= MIN_OPENING_TOKENS:
+            self._prefixes.keep(NOBODY, ids, read(ids, loaded))
 
     def _keep(self, run: Run, cache: Cache) -> None:
         generation = run.generation
@@ -359,29 +297,5 @@ class LocalEngine:
             self._active.before_forward(0 if ids is None else ids.shape[-1])
 
 
-def _eos_ids(model: Any) -> frozenset[int]:
-    eos = model.generation_config.eos_token_id
-    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-
-
 def _default(value: Any, fallback: Any) -> Any:
     return fallback if value is None else value
-
-
-def _as_unavailable(error: Exception) -> ModelUnavailable:
-    if isinstance(error, ModelUnavailable):
-        return error
-    return ModelUnavailable(f"The model could not be loaded ({_name(error)}); try another with --model.")
-
-
-def _explain(error: BaseException) -> str:
-    """Say in one sentence what went wrong in `generate()` and what to do."""
-    text = str(error).lower()
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "out of memory" in text:
-        return "The machine ran out of memory; shorten the conversation or lower max new tokens, then try again."
-    return f"The model stopped with an error ({_name(error)}); try again."
-
-
-def _name(error: BaseException) -> str:
-    first_line = str(error).strip().split("\n")[0][:200]
-    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

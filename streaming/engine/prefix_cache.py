@@ -1,7 +1,8 @@
 """Keep what the model has read: the next request reuses the longest common beginning and reads only the rest.
 
 An entry is a transformers `Cache` with the ids whose keys and values it holds. Entries belong to an owner and are never
-used for another. Not thread-safe: the worker that owns the model owns its prefixes too.
+used for another; what belongs to NOBODY, because nobody has written a word of it, is used for everyone. Not
+thread-safe: the worker that owns the model owns its prefixes too.
 """
 
 import copy
@@ -11,10 +12,13 @@ from typing import Any
 
 from transformers import Cache
 
+NOBODY = None
+"""The owner of what every chat begins with."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    owner: str
+    owner: str | None
     ids: tuple[int, ...]
     cache: Cache
     n_bytes: int
@@ -35,26 +39,26 @@ class PrefixCache:
     def take(self, owner: str, ids: Sequence[int]) -> Cache | None:
         """Give a cache that holds the longest known beginning of `ids`, at most all but the last; it is the caller's.
 
-        A prefix that the request continues whole is handed over; one from which it branches off is copied, so that
-        the other branch can be continued too.
+        A prefix that the request continues whole is handed over; one from which it branches off, or that is nobody's,
+        is copied, so that others can continue it too.
         """
-        best, n_best = None, 0
-        for entry in self._entries:
-            if entry.owner == owner and (n := _common(entry.ids, ids)) > n_best:
-                best, n_best = entry, n
-        n_best = min(n_best, len(ids) - 1)  # the last token is read anew: its logits are what is wanted
-        if best is None or n_best <= 0:
+        usable = [entry for entry in self._entries if entry.owner in (owner, NOBODY)]
+        best = max(usable, key=lambda entry: (_common(entry.ids, ids), -entry.n_bytes), default=None)
+        if best is None:
+            return None
+        n_best = min(_common(best.ids, ids), len(ids) - 1)  # the last token is read anew: its logits are wanted
+        if n_best <= 0:
             return None
         self._entries.remove(best)
         n_beyond = len(best.ids) - n_best
         cache = best.cache
-        if n_beyond:
+        if n_beyond or best.owner is NOBODY:
             self._entries.append(best)
             cache = copy.deepcopy(cache)
         cache.crop(-n_beyond)
         return cache
 
-    def keep(self, owner: str, ids: Sequence[int], cache: Cache) -> None:
+    def keep(self, owner: str | None, ids: Sequence[int], cache: Cache) -> None:
         """Store what a request leaves: `cache` holds the first `cache.get_seq_length()` of `ids`.
 
         Caches that cannot be cut back exactly (sliding windows, linear attention) are not kept.

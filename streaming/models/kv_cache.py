@@ -1,5 +1,6 @@
 """A key-value cache that grows in blocks and can be written in place."""
 
+import copy
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ class GrowingLayer(DynamicLayer):
         """How many positions fit without growing."""
         return 0 if self.key_room is None else self.key_room.shape[-2]
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "GrowingLayer":
+        """Copy what is read, with room for more, and not all the room that there is."""
+        twin = copy.copy(self)
+        if self.is_initialized:
+            twin.key_room, twin.value_room = (
+                _grown(room, self.length, _round_up(self.length + 1)) for room in (self.key_room, self.value_room)
+            )
+        return twin
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = self.room_dtype or key_states.dtype, key_states.device
         self.keys, self.values = (states[:, :, :0].to(self.dtype) for states in (key_states, value_states))
@@ -54,8 +64,7 @@ class GrowingLayer(DynamicLayer):
         rooms = (self.key_room, self.value_room)
         if length <= self.capacity and all(room is not None and room.is_contiguous() for room in rooms):
             return
-        capacity = -(-length // BLOCK_TOKENS) * BLOCK_TOKENS
-        self.key_room, self.value_room = (_grown(room, self.length, capacity) for room in rooms)
+        self.key_room, self.value_room = (_grown(room, self.length, _round_up(length)) for room in rooms)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -101,6 +110,10 @@ def make_growing(cache: DynamicCache, room_dtype: torch.dtype) -> list[GrowingLa
         growing.append(grown)
     cache.layers = list(growing)
     return growing
+
+
+def _round_up(length: int) -> int:
+    return -(-length // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 def _grown(room: torch.Tensor | None, length: int, capacity: int) -> torch.Tensor:

@@ -10,10 +10,12 @@ import torch
 
 from streaming.engine.base import Generation, GenerationRequest
 from streaming.engine.batched import BatchedEngine
-from streaming.engine.local import PREFILL_CHUNK_TOKENS, LocalEngine
+from streaming.engine.generate import PREFILL_CHUNK_TOKENS
+from streaming.engine.local import LocalEngine
+from streaming.engine.prefix_cache import NOBODY
 from streaming.errors import EngineBusy, EngineClosed, InvalidRequest, PromptTooLong, StreamTimeout
 from streaming.events import FinishEvent, TokenEvent
-from tests.tiny import N_CONTEXT, ScriptedModel, byte_tokenizer, loaded, tiny_llama
+from tests.tiny import N_CONTEXT, SYSTEM, SYSTEM_TEMPLATE, ScriptedModel, byte_tokenizer, loaded, tiny_llama
 
 WAIT_S = 30
 EOS = 258
@@ -24,10 +26,10 @@ def serve(request):
     """Start engines of each kind on models, and close them at the end."""
     engines = []
 
-    def start(model, n_context=N_CONTEXT, one_seat=False, **options) -> LocalEngine:
+    def start(model, n_context=N_CONTEXT, one_seat=False, tokenizer=None, **options) -> LocalEngine:
         if one_seat and request.param is BatchedEngine:
             options["n_seats"] = 1
-        engine = request.param(lambda progress: loaded(model, n_context=n_context), **options)
+        engine = request.param(lambda progress: loaded(model, tokenizer, n_context), **options)
         engines.append(engine)
         return engine
 
@@ -477,6 +479,38 @@ class TestReuse:
         engine = serve(tiny_llama())
         for owner in ("ann", "bob"):
             run = engine.submit(GenerationRequest(prompt="x" * 100, max_new_tokens=4, temperature=0, owner=owner))
+            assert run.result(WAIT_S).finish.n_reused_tokens == 0
+
+    def test_of_two_owners_chats_only_what_every_chat_begins_with_is_read_once(self, serve):
+        engine, fresh = (serve(tiny_llama(), tokenizer=byte_tokenizer(SYSTEM_TEMPLATE)) for _ in range(2))
+        opening = byte_tokenizer()(SYSTEM + "<|im_start|>user\n")["input_ids"]
+        chat = {"messages": [{"role": "user", "content": "the same words of both"}]}
+        options = {"max_new_tokens": 8, "temperature": 0}
+        n_reused = []
+        for owner in ("ann", "bob", "bob"):
+            run = engine.submit(GenerationRequest(**chat, **options, owner=owner))
+            result = run.result(WAIT_S)
+            again = fresh.submit(GenerationRequest(prompt_ids=run.prompt_ids, **options, owner=str(len(n_reused))))
+            assert list(run.prompt_ids[: len(opening)]) == opening
+            assert again.result(WAIT_S).finish.n_reused_tokens == 0
+            assert result.token_ids == again.result(WAIT_S).token_ids
+            n_reused.append(result.finish.n_reused_tokens)
+        assert n_reused == [len(opening), len(opening), len(run.prompt_ids) - 1]
+        for_all = [entry.ids for entry in engine._prefixes._entries if entry.owner is NOBODY]
+        assert for_all == [tuple(opening)]
+
+    def test_a_system_prompt_of_ones_own_is_read_for_nobody_else(self, serve):
+        engine = serve(tiny_llama(), tokenizer=byte_tokenizer(SYSTEM_TEMPLATE))
+        engine.submit(GenerationRequest(messages=[{"role": "user", "content": "x"}], max_new_tokens=1)).result(WAIT_S)
+        chat = [{"role": "system", "content": "Only we two say this."}, {"role": "user", "content": "hello"}]
+        for owner in ("ann", "bob"):
+            run = engine.submit(GenerationRequest(messages=chat, max_new_tokens=2, temperature=0, owner=owner))
+            assert run.result(WAIT_S).finish.n_reused_tokens == len("<system\n")
+
+    def test_with_no_room_for_prefixes_every_chat_is_read_whole(self, serve):
+        engine = serve(tiny_llama(), tokenizer=byte_tokenizer(SYSTEM_TEMPLATE), max_cache_bytes=0)
+        for _ in range(2):
+            run = engine.submit(GenerationRequest(messages=[{"role": "user", "content": "x"}], max_new_tokens=1))
             assert run.result(WAIT_S).finish.n_reused_tokens == 0
 
     def test_after_a_cancel_what_was_read_is_still_good(self, serve):

@@ -82,7 +82,7 @@ def test_a_session_stays_with_its_replica_and_what_that_has_read(url, engine):
         )
 
     for owner in ("ann", "bob", "cem", "dua"):
-        assert n_reused(owner) == 0
+        assert n_reused(owner) < 30  # no more than every chat begins with
         assert n_reused(owner) > 30
 
 

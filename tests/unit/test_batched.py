@@ -13,7 +13,7 @@ from streaming.engine.managed import ManagedBatch
 from streaming.models.int4 import pack_model
 from streaming.models.llama_step import LlamaStep
 from tests.packed import WITH_STEP, random_model
-from tests.tiny import byte_tokenizer, loaded, tiny_llama
+from tests.tiny import SYSTEM, SYSTEM_TEMPLATE, byte_tokenizer, loaded, tiny_llama
 
 WAIT_S = 60
 KINDS = ("compiled", "in turn", "managed")
@@ -83,6 +83,35 @@ def test_everyone_gets_what_they_get_alone_and_the_streams_run_at_once(engine):
     first_s = [next(iter(run.events())).t_s for run in runs]
     last_s = [list(run.events())[-2].t_s for run in runs]
     assert max(first_s) < min(last_s)
+
+
+def test_whoever_joins_goes_on_from_what_every_chat_begins_with(kind):
+    model = {"compiled": packed, "in turn": eager_llama, "managed": tiny_llama}[kind]()
+    tokenizer = byte_tokenizer(SYSTEM_TEMPLATE)
+    engines = [
+        BatchedEngine(lambda progress: loaded(model, tokenizer, n_context=512), **options)
+        for options in ({}, {"max_cache_bytes": 0})
+    ]
+    try:
+        requests = [
+            GenerationRequest(
+                messages=[{"role": "user", "content": f"person {number}"}],
+                max_new_tokens=24,
+                temperature=0,
+                owner=str(number),
+            )
+            for number in range(6)
+        ]
+        assert [engine.wait_ready(WAIT_S) for engine in engines] == [True, True]
+        shared, alone = (together(engine, requests) for engine in engines)
+    finally:
+        for engine in engines:
+            engine.close()
+    assert [run.result(0).token_ids for run in shared] == [run.result(0).token_ids for run in alone]
+    n_opening = len(tokenizer(SYSTEM + "<|im_start|>user\n")["input_ids"])
+    n_reused = [run.finish.n_reused_tokens for run in shared]
+    assert n_reused == ([n_opening] * 6 if kind != "managed" else [n_opening] + [0] * 5)
+    assert {run.finish.n_reused_tokens for run in alone} == {0}
 
 
 def test_settings_seeds_and_stop_strings_are_each_ones_own(engine):

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming.chat import encode_chat, encode_text
+from streaming.chat import encode_chat, encode_opening, encode_text
 from streaming.errors import InvalidRequest, PromptTooLong
-from tests.tiny import CONTROL_TOKENS, byte_tokenizer
+from tests.tiny import CONTROL_TOKENS, SYSTEM_TEMPLATE, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 START, END = 257, 258
@@ -35,6 +35,15 @@ OPENING = [START, *plain("assistant\n")]
 def test_the_template_is_the_models():
     ids = encode_chat(TOKENIZER, [user("hi")], NO_LIMIT).ids
     assert list(ids) == [*turn("user", plain("hi")), *OPENING]
+
+
+@given(st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=3))
+def test_the_opening_is_what_every_chat_begins_with(texts):
+    tokenizer = byte_tokenizer(SYSTEM_TEMPLATE)
+    opening = encode_opening(tokenizer, NO_LIMIT)
+    assert list(opening) == [*turn("system", plain("You are a helpful model.")), START, *plain("user\n")]
+    ids = encode_chat(tokenizer, [message for text in texts for message in (user(text), reply("so"))], NO_LIMIT).ids
+    assert ids[: len(opening)] == opening
 
 
 @given(st.text(max_size=40), st.sampled_from(CONTROL_TOKENS), st.text(max_size=40))

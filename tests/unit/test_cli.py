@@ -13,7 +13,7 @@ import pyte
 import pytest
 
 from streaming.cli import main
-from streaming.engine import local
+from streaming.engine import load
 from streaming.engine.local import LocalEngine
 from streaming.errors import ModelNotFound
 from streaming.events import FinishEvent, TokenEvent
@@ -40,7 +40,7 @@ def speak(monkeypatch):
         def load_engine(model_id, **options):
             return Engine(lambda progress: loaded(model), "parrot", max_cache_bytes=0)
 
-        monkeypatch.setattr(local, "load_engine", load_engine)
+        monkeypatch.setattr(load, "load_engine", load_engine)
         return model
 
     return prepare
@@ -114,8 +114,8 @@ class TestEndings:
             return seen[0]._active is not None and seen[0]._active.cancelled
 
         speak("abcdef", {3: interrupt})
-        make = local.load_engine
-        local.load_engine = lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[0]
+        make = load.load_engine
+        load.load_engine = lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[0]
         assert run(capsys, "complete", "x") == (130, "xabc\n", "")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -142,7 +142,7 @@ class TestEndings:
         def fail(progress):
             raise ModelNotFound("There is no model of that name.")
 
-        monkeypatch.setattr(local, "load_engine", lambda model, **options: LocalEngine(fail))
+        monkeypatch.setattr(load, "load_engine", lambda model, **options: LocalEngine(fail))
         assert run(capsys, "complete", "x") == (2, "", "There is no model of that name.\n")
 
     @pytest.mark.parametrize(

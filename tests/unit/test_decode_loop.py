@@ -252,6 +252,19 @@ def test_a_growing_layer_is_a_dynamic_layer(steps):
         growing.crop(3)
 
 
+def test_a_copy_of_a_growing_layer_goes_on_by_itself_and_takes_no_more_room_than_it_needs():
+    layer = GrowingLayer()
+    layer.update(*torch.randn(2, 1, 2, 3 * BLOCK_TOKENS, 4))
+    layer.crop(5 - 3 * BLOCK_TOKENS)
+    before = layer.keys.clone()
+    twin = copy.deepcopy(layer)
+    twin.update(*torch.randn(2, 1, 2, 1, 4))
+    assert (layer.get_seq_length(), twin.get_seq_length(), twin.capacity) == (5, 6, BLOCK_TOKENS)
+    twin.keys[:] = 0
+    assert torch.equal(layer.keys, before)
+    assert copy.deepcopy(GrowingLayer()).get_seq_length() == 0
+
+
 @pytest.mark.parametrize("n_threads", [1, 2])
 @pytest.mark.parametrize("name", WITH_STEP)
 def test_rows_of_several_sequences_and_of_one_are_computed_as_if_alone(name, n_threads):

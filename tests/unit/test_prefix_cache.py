@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, Gemma2Config
 
-from streaming.engine.prefix_cache import PrefixCache, can_be_cut
+from streaming.engine.prefix_cache import NOBODY, PrefixCache, can_be_cut
 from tests.tiny import tiny_llama
 
 PLENTY = 10**9
@@ -48,6 +48,27 @@ def test_nothing_crosses_between_people():
     prefixes.keep("ann", [1, 2, 3], cache_of([1, 2, 3]))
     assert prefixes.take("bob", [1, 2, 3, 4]) is None
     assert held(prefixes.take("ann", [1, 2, 3, 4])) == [1, 2, 3]
+
+
+def test_what_is_nobodys_is_copied_for_everyone_and_what_they_go_on_with_is_their_own():
+    prefixes = PrefixCache(PLENTY)
+    prefixes.keep(NOBODY, [1, 2], cache_of([1, 2]))
+    first = prefixes.take("ann", [1, 2, 3, 4])
+    first.update(torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 3.0), 0)
+    prefixes.keep("ann", [1, 2, 3], first)
+    assert held(prefixes.take("bob", [1, 2, 3, 4])) == [1, 2]
+    assert held(prefixes.take("cat", [1, 9, 9])) == [1]
+    assert held(prefixes.take("ann", [1, 2, 3, 4])) == [1, 2, 3]
+    assert held(prefixes.take("ann", [1, 2, 3, 4])) == [1, 2]
+    assert prefixes.take("bob", [9, 1, 2]) is None
+
+
+def test_of_two_that_fit_alike_the_smaller_is_copied():
+    prefixes = PrefixCache(PLENTY)
+    prefixes.keep("me", [1, 2, *range(50)], cache_of([1, 2, *range(50)]))
+    prefixes.keep(NOBODY, [1, 2], cache_of([1, 2]))
+    taken = prefixes.take("me", [1, 2, 99, 99])
+    assert taken.layers[0].keys.untyped_storage().nbytes() == 2 * 4
 
 
 def test_only_ids_that_the_cache_holds_count():

@@ -1,0 +1,79 @@
+"""One run by the model's own `generate()`, and when a run has written its last token."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, GenerationConfig
+
+from streaming.engine.decode_loop import compiled_step, decode_loop
+from streaming.engine.run import Run
+from streaming.models.loading import LoadedModel
+
+PREFILL_CHUNK_TOKENS = 256
+"""The prompt is read in chunks of this many tokens: cancelling and progress happen between them."""
+
+
+def generate(run: Run, cache: Cache, loaded: LoadedModel) -> None:
+    """Call `generate()`; the tokens arrive in the run's log, what was read stays in `cache`."""
+    model: Any = loaded.model
+    tokenizer = loaded.tokenizer
+    ids = torch.tensor([run.generation.prompt_ids], device=model.device)
+    eos_ids = sorted(_eos_ids(model))
+    config = GenerationConfig(
+        # Whatever the processors do is switched off here: generate() fills what is left open from the model's own
+        # config, and would do it twice.
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        max_new_tokens=_n_max_tokens(run, loaded),
+        prefill_chunk_size=PREFILL_CHUNK_TOKENS,
+        eos_token_id=eos_ids or None,
+        pad_token_id=eos_ids[0] if tokenizer.pad_token_id is None and eos_ids else tokenizer.pad_token_id,
+    )
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        past_key_values=cache,
+        logits_processor=run.processors,
+        streamer=run,
+        custom_generate=functools.partial(decode_loop, streamer=run),
+    )
+
+
+@torch.no_grad()
+def read(ids: Sequence[int], loaded: LoadedModel) -> Cache:
+    """Read tokens, at most a chunk, into a new cache."""
+    model: Any = loaded.model
+    cache = DynamicCache(config=model.config)
+    step = compiled_step(model)
+    if step is not None and len(ids) <= step.few_tokens:
+        step.read_few(cache, ids)
+        return cache
+    model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def has_stopped(run: Run, loaded: LoadedModel) -> bool:
+    """Say whether the model has ended its reply by itself."""
+    return run.row.last_id in _eos_ids(loaded.model)
+
+
+def is_over(run: Run, loaded: LoadedModel) -> bool:
+    """Say whether the run has written its last token, as `generate()` would see it."""
+    return len(run.token_ids) >= _n_max_tokens(run, loaded) or (bool(run.token_ids) and has_stopped(run, loaded))
+
+
+def _n_max_tokens(run: Run, loaded: LoadedModel) -> int:
+    """How many tokens the run may write: what was asked for, within the model's context."""
+    return min(run.sampling.max_new_tokens, loaded.n_context - len(run.generation.prompt_ids))
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    eos = model.generation_config.eos_token_id
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)

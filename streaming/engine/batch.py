@@ -1,4 +1,4 @@
-"""Several runs at once over one model: each step writes a token of every run, and reads a part of who came last."""
+"""Several runs at once over one model: each step writes a token of every run, and reads on for who came last."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext

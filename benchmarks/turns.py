@@ -1,7 +1,8 @@
 """Later turns: time to the first token at each turn of a ten-turn conversation.
 
 Brook, the stock recipe (`Thread(target=model.generate)` + `TextIteratorStreamer`, bf16) and llama.cpp (same GGUF,
-2 threads, its own prefix reuse), each in a process of its own, hold the same conversation in turn.
+2 threads, its own prefix reuse), each in a process of its own, hold the same conversation in turn. Each pauses before a
+question, as the person does who writes it; Brook reads ahead in the meantime.
 
     pip install -r requirements-bench.txt && python -m benchmarks.turns [--rounds 3]
 """
@@ -25,6 +26,7 @@ from streaming.events import TokenEvent
 
 ROUNDS = 3
 N_REPLY_TOKENS = 32
+PAUSE_S = 0.5
 QUESTIONS = [
     "Tell me about the history of lighthouses, who built the first ones and what they burned for light.",
     "How did the lenses work, and why were they made of so many separate rings of glass?",
@@ -49,6 +51,7 @@ def brook() -> Callable[[], list[float]]:
         ttfts = []
         for question in QUESTIONS:
             messages.append({"role": "user", "content": question})
+            time.sleep(PAUSE_S)
             started = time.perf_counter()
             run = engine.submit(
                 GenerationRequest(messages=messages, max_new_tokens=N_REPLY_TOKENS, temperature=0, owner=owner)
@@ -71,6 +74,7 @@ def stock() -> Callable[[], list[float]]:
         ttfts = []
         for question in QUESTIONS:
             messages.append({"role": "user", "content": question})
+            time.sleep(PAUSE_S)
             started = time.perf_counter()
             inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
             streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=120)
@@ -98,6 +102,7 @@ def llama() -> Callable[[], list[float]]:
         ttfts = []
         for question in QUESTIONS:
             messages.append({"role": "user", "content": question})
+            time.sleep(PAUSE_S)
             started = time.perf_counter()
             text = ""
             for chunk in model.create_chat_completion(messages, max_tokens=N_REPLY_TOKENS, temperature=0, stream=True):

@@ -78,9 +78,14 @@ def _fit(tokenizer: Any, messages: Sequence[Message], max_prompt_tokens: int) ->
     return EncodedChat(tuple(ids), n_dropped_messages=starts[low])
 
 
-def encode_opening(tokenizer: Any, max_prompt_tokens: int) -> tuple[int, ...]:
-    """Return the ids that every chat without a system prompt of its own begins with: the template's, nobody's words."""
-    chats = [encode_chat(tokenizer, [{"role": "user", "content": text}], max_prompt_tokens).ids for text in "ab"]
+def encode_opening(tokenizer: Any, messages: Sequence[Message], max_prompt_tokens: int) -> tuple[int, ...]:
+    """Return the ids that every chat begins with which goes on from `messages` with words of a person.
+
+    Without messages these are the template's own, where a chat has no system prompt.
+    """
+    chats = [
+        encode_chat(tokenizer, [*messages, {"role": "user", "content": text}], max_prompt_tokens).ids for text in "ab"
+    ]
     return tuple(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*chats, strict=False)))
 
 

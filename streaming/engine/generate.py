@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from streaming.engine.decode_loop import compiled_step, decode_loop
 from streaming.engine.run import Run
@@ -47,16 +47,19 @@ def generate(run: Run, cache: Cache, loaded: LoadedModel) -> None:
 
 
 @torch.no_grad()
-def read(ids: Sequence[int], loaded: LoadedModel) -> Cache:
-    """Read tokens, at most a chunk, into a new cache."""
+def read(ids: Sequence[int], cache: Cache, loaded: LoadedModel) -> None:
+    """Append tokens, at most a chunk, to a cache."""
     model: Any = loaded.model
-    cache = DynamicCache(config=model.config)
-    step = compiled_step(model)
-    if step is not None and len(ids) <= step.few_tokens:
-        step.read_few(cache, ids)
-        return cache
-    model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
+    if len(ids) <= n_read_at_once(loaded):
+        compiled_step(model).read_few(cache, ids)
+    else:
+        model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def n_read_at_once(loaded: LoadedModel) -> int:
+    """Return how many tokens are read in about the time of one, 0 where the model has no compiled step for that."""
+    step = compiled_step(loaded.model)
+    return 0 if step is None else step.few_tokens
 
 
 def has_stopped(run: Run, loaded: LoadedModel) -> bool:

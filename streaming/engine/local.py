@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import Cache, DynamicCache
 from streaming.chat import encode_opening
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
 from streaming.engine.failures import as_unavailable, explain
-from streaming.engine.generate import PREFILL_CHUNK_TOKENS, generate, has_stopped, read
+from streaming.engine.generate import PREFILL_CHUNK_TOKENS, generate, has_stopped, n_read_at_once, read
 from streaming.engine.prefix_cache import NOBODY, PrefixCache
 from streaming.engine.queue import FairQueue
 from streaming.engine.run import GiveWay, Run, StopStringMet, build_run
@@ -31,6 +32,8 @@ JOIN_TIMEOUT_S = 60.0
 
 MAX_CACHE_BYTES = 2 * 2**30
 """The most memory that kept prefixes take, however much is free."""
+N_READ_AHEAD = 16
+"""Of how many chats that have ended the next turn is prepared when nobody waits."""
 MIN_OPENING_TOKENS = 16
 """What all chats begin with is kept for all from this length on: less is read about as fast as it is copied."""
 
@@ -73,6 +76,7 @@ class LocalEngine:
         self._active: Run | None = None  # for which the model is called
         self._closing = False
         self._knows_opening = False
+        self._ended: deque[Run] = deque(maxlen=N_READ_AHEAD)  # chats whose next turn can be prepared
         self._detail = ""  # what is worth knowing of how requests are served
         self._worker = threading.Thread(target=self._work, name="brook-engine", daemon=True)
         self._worker.start()
@@ -201,8 +205,21 @@ class LocalEngine:
             self._ready.set()
         while (run := self._next_run()) is not None:
             self._serve(run, loaded)
+            self._use_idle_time(loaded)
         self._let_go()
         self._loaded = None
+
+    def _use_idle_time(self, loaded: LoadedModel) -> None:
+        """Prepare the next turns of the chats that ended last, until someone asks for something."""
+        while self._ended and self._is_idle():
+            try:
+                self._read_ahead(self._ended.pop(), loaded)
+            except Exception:
+                logger.exception("The next turn of a chat could not be prepared; it reads a little more instead")
+
+    def _is_idle(self) -> bool:
+        with self._changed:
+            return not (self._queue.n_waiting or self._closing)
 
     def _get_ready(self, loaded: LoadedModel) -> None:
         """Do in the worker what must be done before the first request."""
@@ -259,6 +276,9 @@ class LocalEngine:
                     torch.cuda.empty_cache()
             if reason != "error" and run.cache is not None:
                 self._keep(run, run.cache)
+                assert self._loaded is not None
+                if run.token_ids and run.generation.request.messages and n_read_at_once(self._loaded):
+                    self._ended.append(run)
         finally:
             run.cache = None
             with self._changed:
@@ -283,9 +303,28 @@ class LocalEngine:
         """Read what every chat begins with and keep it for everyone, where it is more than a few tokens."""
         self._knows_opening = True
         with self._encoding:
-            ids = encode_opening(loaded.tokenizer, loaded.n_context)[:PREFILL_CHUNK_TOKENS]
+            ids = encode_opening(loaded.tokenizer, (), loaded.n_context)[:PREFILL_CHUNK_TOKENS]
         if len(ids) >= MIN_OPENING_TOKENS:
-            self._prefixes.keep(NOBODY, ids, read(ids, loaded))
+            cache = DynamicCache(config=loaded.model.config)
+            read(ids, cache, loaded)
+            self._prefixes.keep(NOBODY, ids, cache)
+
+    def _read_ahead(self, run: Run, loaded: LoadedModel) -> None:
+        """Read what will stand between a reply and the next message, which need not wait for it then."""
+        request = run.generation.request
+        reply = [*request.prefix_ids, *run.token_ids]
+        if has_stopped(run, loaded):
+            del reply[-1]  # the template ends a reply in its own way
+        said = {"role": "assistant", "content": loaded.tokenizer.decode(reply), "token_ids": reply}
+        with self._encoding:
+            ids = encode_opening(loaded.tokenizer, [*(request.messages or ()), said], loaded.n_context)
+        cache = self._prefixes.take(request.owner, ids)
+        if cache is None:
+            return
+        unread = ids[cache.get_seq_length() :]
+        if len(unread) <= n_read_at_once(loaded):
+            read(unread, cache, loaded)
+        self._prefixes.keep(request.owner, ids, cache)
 
     def _keep(self, run: Run, cache: Cache) -> None:
         generation = run.generation

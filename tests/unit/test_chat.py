@@ -40,7 +40,7 @@ def test_the_template_is_the_models():
 @given(st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=3))
 def test_the_opening_is_what_every_chat_begins_with(texts):
     tokenizer = byte_tokenizer(SYSTEM_TEMPLATE)
-    opening = encode_opening(tokenizer, NO_LIMIT)
+    opening = encode_opening(tokenizer, (), NO_LIMIT)
     assert list(opening) == [*turn("system", plain("You are a helpful model.")), START, *plain("user\n")]
     ids = encode_chat(tokenizer, [message for text in texts for message in (user(text), reply("so"))], NO_LIMIT).ids
     assert ids[: len(opening)] == opening

@@ -1,6 +1,6 @@
 """How near packed weights stay to the model they stand for, teacher-forced on fixed texts.
 
-The default model: Brook's (read in chunks, and token by token through the compiled step) and the stock bf16 model
+The default model: Brook's (by chunks and by single tokens, through the compiled step) and the stock bf16 model
 against the dequantized float32 model. Another model, quantized at load: 4 bits against bf16, with `--model`.
 
     python -m benchmarks.quality [--model FOLDER_OR_HUB_ID]
@@ -46,14 +46,12 @@ def in_chunks(model: Any) -> Read:
     return read
 
 
-def by_steps(model: Any) -> Read:
+def by_step(model: Any, n_tokens: int) -> Read:
     def read(ids: torch.Tensor) -> Iterator[torch.Tensor]:
-        cache = DynamicCache(config=model.config)
-        yield model(ids[:, :1], past_key_values=cache, use_cache=True).logits[0].log_softmax(-1)
         step: Any = step_of(model)
-        with step.continuing(cache) as append:
-            for token_id in ids[0, 1:].tolist():
-                yield append(token_id).log_softmax(-1)
+        with step.continuing(DynamicCache(config=model.config)) as append:
+            for chunk in ids[0].split(n_tokens):
+                yield append(*chunk.tolist()).log_softmax(-1)
 
     return read
 
@@ -74,9 +72,10 @@ def main() -> None:
     parser.add_argument("--model", help="compare this model in 4 bits with itself in bf16")
     arguments = parser.parse_args()
     packed = load_model(arguments.model, quantize="int4")
-    readers = {"Brook, 4 bits, in chunks": in_chunks(packed.model)}
-    if step_of(packed.model) is not None:
-        readers["Brook, 4 bits, by steps"] = by_steps(packed.model)
+    if step_of(packed.model) is None:
+        readers = {"Brook, 4 bits": in_chunks(packed.model)}
+    else:
+        readers = {"Brook, 4 bits, by chunks": by_step(packed.model, CHUNK), "by tokens": by_step(packed.model, 1)}
     exact_dtype = "bfloat16" if arguments.model else "float32"
     reference = in_chunks(load_model(arguments.model, quantize="none", dtype=exact_dtype).model)
     if not arguments.model:

@@ -2,13 +2,14 @@
 
     model.generate(ids, custom_generate=functools.partial(decode_loop, streamer=streamer), streamer=streamer, …)
 
-generate() prepares everything as always (processors, stopping criteria, cache) and its own prefill reads the prompt;
-then, for models that the compiled step knows, each token is one call, or less where guesses are right (see `lookup`).
-Every other model or setting is handed on to generate()'s own sampling loop. The streamer is named twice because
-transformers 5.23 gives the prompt to the one and does not pass it on to a custom loop.
+generate() prepares everything as always (processors, stopping criteria, cache); then, for models that the compiled step
+knows, it reads the prompt in chunks, and each token is one call, or less where guesses are right (see `lookup`). Every
+other model or setting is handed on to generate()'s own sampling loop. The streamer is named twice because transformers
+5.23 gives the prompt to the one and does not pass it on to a custom loop.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,9 +31,13 @@ def decode_loop(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None = None,
+    before_chunk: Callable[[int], None] = lambda _n_tokens: None,
     **model_kwargs: Any,
 ) -> torch.Tensor:
     """Generate with `model` from `input_ids` `(1, seq)`; return the prompt and what was generated, `(1, seq)`.
+
+    `before_chunk` is called with the number of tokens that the compiled step is about to read, as a hook of the model's
+    is where its own forward reads them.
 
     Whatever the streamer, a processor or a criterion raises goes through to the caller of generate(); the cache then
     holds every token that the model has read.
@@ -45,9 +50,11 @@ def decode_loop(
         )
         return generated
     cache, device = model_kwargs["past_key_values"], input_ids.device
-    unread = input_ids[0, cache.get_seq_length() :].tolist()
-    if len(unread) <= step.few_tokens:
-        logits = step.read_few(cache, unread)
+    unread = input_ids[0, cache.get_seq_length() :]
+    if step.reads_prompts:
+        for chunk in unread.split(generation_config.prefill_chunk_size or len(unread)):
+            before_chunk(len(chunk))
+            logits = step.read_on(cache, chunk.tolist())
     else:
         logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1].float()
     input_ids = input_ids.cpu()  # counted and looked at there: on a GPU each look would be a launch and a wait

@@ -42,7 +42,7 @@ def generate(run: Run, cache: Cache, loaded: LoadedModel) -> None:
         past_key_values=cache,
         logits_processor=run.processors,
         streamer=run,
-        custom_generate=functools.partial(decode_loop, streamer=run),
+        custom_generate=functools.partial(decode_loop, streamer=run, before_chunk=run.before_forward),
     )
 
 
@@ -50,16 +50,16 @@ def generate(run: Run, cache: Cache, loaded: LoadedModel) -> None:
 def read(ids: Sequence[int], cache: Cache, loaded: LoadedModel) -> None:
     """Append tokens, at most a chunk, to a cache."""
     model: Any = loaded.model
-    if len(ids) <= n_read_at_once(loaded):
-        compiled_step(model).read_few(cache, ids)
+    if reads_with_step(loaded):
+        compiled_step(model).read_on(cache, ids)
     else:
         model(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def n_read_at_once(loaded: LoadedModel) -> int:
-    """Return how many tokens are read in about the time of one, 0 where the model has no compiled step for that."""
+def reads_with_step(loaded: LoadedModel) -> bool:
+    """Whether a compiled step reads the model's prompts, which takes a few tokens hardly longer than one."""
     step = compiled_step(loaded.model)
-    return 0 if step is None else step.few_tokens
+    return step is not None and bool(step.reads_prompts)
 
 
 def has_stopped(run: Run, loaded: LoadedModel) -> bool:

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache
 from streaming.chat import encode_opening
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
 from streaming.engine.failures import as_unavailable, explain
-from streaming.engine.generate import PREFILL_CHUNK_TOKENS, generate, has_stopped, n_read_at_once, read
+from streaming.engine.generate import PREFILL_CHUNK_TOKENS, generate, has_stopped, read, reads_with_step
 from streaming.engine.prefix_cache import NOBODY, PrefixCache
 from streaming.engine.queue import FairQueue
 from streaming.engine.run import GiveWay, Run, StopStringMet, build_run
@@ -34,6 +34,8 @@ MAX_CACHE_BYTES = 2 * 2**30
 """The most memory that kept prefixes take, however much is free."""
 N_READ_AHEAD = 16
 """Of how many chats that have ended the next turn is prepared when nobody waits."""
+MAX_AHEAD_TOKENS = 64
+"""Whoever asks in the meantime waits for it: a template that rewrites replies is left to the next turn."""
 MIN_OPENING_TOKENS = 16
 """What all chats begin with is kept for all from this length on: less is read about as fast as it is copied."""
 
@@ -277,7 +279,7 @@ class LocalEngine:
             if reason != "error" and run.cache is not None:
                 self._keep(run, run.cache)
                 assert self._loaded is not None
-                if run.token_ids and run.generation.request.messages and n_read_at_once(self._loaded):
+                if run.token_ids and run.generation.request.messages and reads_with_step(self._loaded):
                     self._ended.append(run)
         finally:
             run.cache = None
@@ -322,7 +324,7 @@ class LocalEngine:
         if cache is None:
             return
         unread = ids[cache.get_seq_length() :]
-        if len(unread) <= n_read_at_once(loaded):
+        if len(unread) <= MAX_AHEAD_TOKENS:
             read(unread, cache, loaded)
         self._prefixes.keep(request.owner, ids, cache)
 

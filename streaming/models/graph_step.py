@@ -55,7 +55,7 @@ class GraphStep:
 
     guess_sizes = (0,)
     """How many guessed tokens to read with a newest one: the graph takes one token."""
-    few_tokens = 0
+    reads_prompts = False
     """The model itself reads the prompt."""
 
     def __init__(self, model: Any, capture: Capture = capture_cuda) -> None:

@@ -75,8 +75,8 @@ class LlamaStep:
 
     guess_sizes = (0, 3, 7)
     """How many guessed tokens to read with a newest one: the kernel unpacks weights once for four."""
-    few_tokens = 128
-    """Up to here `read_few` is faster than the model itself."""
+    reads_prompts = True
+    """Whether it has `read_on`."""
 
     def __init__(self, model: Any) -> None:
         # The model owns this object through a weak dictionary: only its parts may be kept.
@@ -124,7 +124,7 @@ class LlamaStep:
         opened = self.open(cache)
         yield lambda *token_ids: self.read([(opened, token_ids)], range(len(token_ids)))
 
-    def read_few(self, cache: DynamicCache, token_ids: Sequence[int]) -> torch.Tensor:
+    def read_on(self, cache: DynamicCache, token_ids: Sequence[int]) -> torch.Tensor:
         """Append tokens to a cache and return the logits after the last, float32 `(1, vocab)`."""
         return self.read([(self.open(cache), token_ids)], [len(token_ids) - 1])
 

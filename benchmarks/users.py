@@ -45,6 +45,8 @@ MOST_THREADS = 8
 N_TOKENS = 64
 ROUNDS = 3
 ENGINES = ("local", "batched")
+# Brook chooses its number of threads at each start by what it measures: beside other work, one process may get one.
+BROOK_ENVIRONMENT = {"GOMP_SPINCOUNT": BROOK_SPINS, "OMP_NUM_THREADS": str(N_THREADS)}
 ALONE_AND_MANY = (1, 8)
 COLUMNS = ("tokens/s, all together", "mean first token, s", "worst first token, s", "longest pause, s")
 TIMEOUT_S = 300
@@ -187,9 +189,7 @@ def compare_engines(device: str, people: Iterable[int], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_without_step(Path(folder))
         for kind, model in (("default model", None), ("no compiled step", folder)):
-            engines = {
-                name: Isolated(partial(brook, device, name, model), GOMP_SPINCOUNT=BROOK_SPINS) for name in ENGINES
-            }
+            engines = {name: Isolated(partial(brook, device, name, model), **BROOK_ENVIRONMENT) for name in ENGINES}
             for run in engines.values():
                 run(2)  # warm up
             for n_people in people:
@@ -202,14 +202,21 @@ def compare_engines(device: str, people: Iterable[int], rounds: int) -> None:
             for run in engines.values():
                 run.close()
     columns = ["model", "people", "engine", *COLUMNS, "tokens/s by local's"]
-    report(f"engines_{device}", columns, rows, n_tokens=N_TOKENS, n_threads=N_THREADS, rounds=results)
+    report(
+        "engines" if device == "cpu" else f"engines_{device}",
+        columns,
+        rows,
+        n_tokens=N_TOKENS,
+        n_threads=N_THREADS,
+        rounds=results,
+    )
 
 
 def compare_peers(device: str, people: Iterable[int], rounds: int) -> None:
     """Let Brook and its peers take turns."""
     with tempfile.TemporaryDirectory() as folder:
         peers: dict[str, Any] = {
-            "Brook": Isolated(partial(brook, device), GOMP_SPINCOUNT=BROOK_SPINS),
+            "Brook": Isolated(partial(brook, device), **BROOK_ENVIRONMENT),
             "threads of generate()": Isolated(partial(threads, device)),
             "transformers serve": Serve(Path(folder), device),
         }

@@ -94,6 +94,7 @@ def load_model(
         files = _open(source.fetch(weights=True))
         if int4:
             loaded = _load_int4(files, config, report, trust_remote_code)
+            _tune_threads(loaded)
         else:
             loaded = _load_weights(files, config, torch_dtype, torch_device, report, trust_remote_code)
     return LoadedModel(
@@ -197,11 +198,22 @@ def _load_weights(
     return _from_pretrained(progress, **arguments, dtype=dtype, device_map={"": device})
 
 
+@torch.no_grad()
+def _tune_threads(model: Any) -> None:
+    """Choose the thread count with which a model with packed weights writes a token fastest."""
+    from streaming.models import llama_step, parallel
+
+    step = llama_step.step_of(model)
+    if step is None:
+        parallel.tune_threads(lambda: model(torch.zeros(1, 1, dtype=torch.long), use_cache=False))
+    else:
+        parallel.tune_threads(lambda: step.read_on(transformers.DynamicCache(config=model.config), [0]))
+
+
 def _load_int4(files: Path | SmolGguf, config: Any, progress: ProgressCallback, trust_remote_code: bool) -> Any:
     """Load for the CPU with packed weights; the kernels, which take a second to import, are only needed here."""
-    from streaming.models import int4, parallel
+    from streaming.models import int4
 
-    parallel.tune_threads()
     if isinstance(files, SmolGguf) or converted.is_converted(files):
         config.quantization_config = int4.Int4Config().to_dict()
         if isinstance(files, SmolGguf):

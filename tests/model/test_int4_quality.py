@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks.quality import by_steps, compare, in_chunks, texts
+from benchmarks.quality import CHUNK, by_step, compare, in_chunks, texts
 from streaming import GenerationRequest
 from streaming.engine.local import LocalEngine
 from streaming.errors import ModelUnavailable
@@ -60,7 +60,12 @@ def test_every_packed_weight_has_the_values_of_the_file(packed, exact):
 def test_reading_and_decoding_predict_what_the_dequantized_model_predicts(packed, exact, kind):
     ids = texts(packed.tokenizer)[kind]
     assert ids.shape[1] >= 1500
-    for read, n_tokens in ((in_chunks(packed.model), ids.shape[1]), (by_steps(packed.model), 300)):
+    readers = (
+        (in_chunks(packed.model), ids.shape[1]),
+        (by_step(packed.model, CHUNK), 600),
+        (by_step(packed.model, 1), 300),
+    )
+    for read, n_tokens in readers:
         kl, agreement, perplexity = compare(read, in_chunks(exact.model), ids[:, :n_tokens])
         assert kl <= 1e-5
         assert agreement >= 99.5

@@ -221,15 +221,34 @@ def test_threads_keep_to_what_the_container_may_use(monkeypatch):
         assert parallel.usable_cores() == cores
 
 
-def test_tuning_sets_a_number_of_threads_that_there_is(monkeypatch):
+@pytest.fixture
+def own_threads(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
-    try:
-        parallel.tune_threads()
-        assert 1 <= torch.get_num_threads() <= parallel.usable_cores()
-        torch.set_num_threads(7)
-        monkeypatch.setenv("OMP_NUM_THREADS", "7")
-        parallel.tune_threads()
-        assert torch.get_num_threads() == 7
-    finally:
-        torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("ms_by_threads", "best"),
+    [({1: 4, 2: 2.1, 4: 2, 6: 2.05}, 6), ({1: 4, 2: 2, 4: 3, 6: 9}, 2), ({1: 1, 2: 5, 4: 5, 6: 5}, 1)],
+    ids=["as many as help", "where more only wait", "where one is best"],
+)
+def test_tuning_takes_as_many_threads_as_do_the_work_fastest(monkeypatch, own_threads, ms_by_threads, best):
+    now = 0.0
+    monkeypatch.setattr(parallel, "usable_cores", lambda: 6)
+
+    def work():
+        nonlocal now
+        now += ms_by_threads[torch.get_num_threads()]
+
+    monkeypatch.setattr("timeit.timeit", lambda work, number: -now + (work(), now)[1])
+    parallel.tune_threads(work)
+    assert torch.get_num_threads() == best
+
+
+def test_tuning_leaves_the_last_word_to_the_environment(monkeypatch, own_threads):
+    torch.set_num_threads(7)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    parallel.tune_threads(lambda: pytest.fail("nothing is to be measured"))
+    assert torch.get_num_threads() == 7

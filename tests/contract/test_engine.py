@@ -203,6 +203,7 @@ class TestErrors:
         assert "".join(e.text for e in events[:-1]) == "abcdefghij"[:k]
         assert events[-1].reason == "error"
         assert "The model stopped with an error (ValueError: the model broke)" in events[-1].error
+        assert events[-1].error.count("try again") == 1
         model.at.clear()
         assert say(engine, max_new_tokens=20).result(WAIT_S).text == "abcdefghij"
 
@@ -408,11 +409,11 @@ class TestQueue:
         assert seen[:3] == [("reading", 0, 768), ("reading", 256, 768), ("reading", 512, 768)]
         assert seen[3] == ("writing", 768, 768)
 
-    def test_a_thousand_generations_leave_no_thread(self, serve):
+    def test_hundreds_of_generations_leave_no_thread(self, serve):
         engine = serve(scripted("ab"))
         say(engine).result(WAIT_S)
         before = threading.active_count()
-        for _ in range(1000):
+        for _ in range(300):
             assert say(engine).result(WAIT_S).text == "ab"
         assert threading.active_count() < before + 10  # a server's pool may grow
 

@@ -54,6 +54,11 @@ def serving_api(engine: Any) -> Iterator[str]:
         thread.join(WAIT_S)
 
 
+def said(text: str) -> list[dict[str, str]]:
+    """Give a chat of one message."""
+    return [{"role": "user", "content": text}]
+
+
 def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
     """Send a body as JSON, or GET without one; give the status and what came back, read as JSON where it is."""
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -68,6 +73,11 @@ def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         return status, json.loads(text)
     except ValueError:
         return status, text
+
+
+def wait_free(url: str) -> None:
+    """Wait until nothing runs or waits behind an address."""
+    wait_for(lambda: (lambda health: health["active"] == health["queued"] == 0)(ask(f"{url}healthz")[1]))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -326,10 +326,12 @@ class TestQueue:
     @of_places
     def test_places_are_told_and_requests_run_in_order(self, serve):
         started, hold = threading.Event(), threading.Event()
+        states = []  # of all, whenever one begins
 
         def wait():
             started.set()
             assert hold.wait(WAIT_S)
+            states.append([run.progress.state for run in runs])
 
         engine = serve(scripted("abc", {0: wait}), one_seat=True)
         runs = [say(engine) for _ in range(3)]
@@ -341,17 +343,24 @@ class TestQueue:
         ]
         assert (engine.status().n_active, engine.status().n_queued) == (1, 2)
         hold.set()
-        finishes = [run.result(WAIT_S).finish for run in runs]
-        assert finishes[0].timings.queued_s < finishes[1].timings.queued_s < finishes[2].timings.queued_s
+        for run in runs:
+            run.result(WAIT_S)
+        assert states == [
+            ["reading", "waiting", "waiting"],
+            ["done", "reading", "waiting"],
+            ["done", "done", "reading"],
+        ]
         assert [run.progress.state for run in runs] == ["done"] * 3
 
     @of_places
     def test_people_take_turns_and_their_places_move(self, serve):
         started, hold = threading.Event(), threading.Semaphore(0)
+        states = []  # of those that waited, whenever one begins
 
         def wait():
             started.set()
             assert hold.acquire(timeout=WAIT_S)
+            states.append([run.progress.state for run in runs])
 
         engine = serve(scripted("a", {0: wait}), one_seat=True)
         first = say(engine, owner="ann")
@@ -364,7 +373,7 @@ class TestQueue:
         hold.release(3)
         for run in [first, *runs]:
             run.result(WAIT_S)
-        assert runs[1].finish.timings.queued_s < runs[2].finish.timings.queued_s
+        assert states[1:] == [["done", "reading", "waiting"], ["done", "done", "reading"]]
 
     @of_refusals_at_once
     def test_beyond_the_limits_it_says_so_and_goes_on(self, serve):

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,6 +71,7 @@ def test_plain_values_stay_float32_and_hold_no_file():
     assert kept.data_ptr() != norm.data_ptr()
 
 
+@example(2, 1, 1e-3, -0.5)
 @given(st.integers(1, 40), st.integers(1, 4), st.floats(1e-3, 1e3), st.floats(-10, 10))
 def test_rounding_is_off_by_half_a_step_at_most(rows, groups, scale, offset):
     torch.manual_seed(rows)
@@ -81,7 +82,8 @@ def test_rounding_is_off_by_half_a_step_at_most(rows, groups, scale, offset):
         (8, ranges.abs().amax(-1) / 127 / 2),
     ):
         error = (packing.unpack(packing.quantize(weight, bits), rows) - weight).view(rows, groups, 32).abs().amax(-1)
-        assert (error <= half_step + ranges.abs().amax(-1) * 2**-9).all()
+        # Tiny scales are float16's subnormal numbers, 2**-24 apart, and count once a step.
+        assert (error <= half_step + ranges.abs().amax(-1) * 2**-9 + 2**bits * 2**-25).all()
 
 
 def test_a_constant_group_is_kept():

@@ -13,6 +13,8 @@ from tests.tiny import ScriptedModel, byte_tokenizer, loaded
 N_CONTEXT = 4096
 SLOW_S = 0.03
 MAX_HOLD_S = 60.0
+LONG = "slow: " + "x" * 2000
+"""Takes a minute to say: whoever waits for its end waits for somebody to stop it."""
 
 
 class _Before:

@@ -1,12 +1,16 @@
 """Brook's page with its API on a free port of this machine, and ways to ask it without any client library."""
 
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
 
 from streaming.engine.menu import ModelMenu
 from streaming.server.routes import meter
@@ -34,6 +38,27 @@ def serving(engine: Any, **options: Any) -> Iterator[str]:
         runs.store.close()
 
 
+@contextmanager
+def serving_api(engine: Any) -> Iterator[str]:
+    """Serve an engine's API without a page, which is there within milliseconds; give the address as `serving` does."""
+    _, routes = meter(ModelMenu.of(engine), Settings())
+    # uvicorn looks for the port itself: sockets made elsewhere lack TCP_NODELAY, and each frame would wait for 40 ms.
+    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, name="brook-test-server")
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join(WAIT_S)
+
+
+def said(text: str) -> list[dict[str, str]]:
+    """Give a chat of one message."""
+    return [{"role": "user", "content": text}]
+
+
 def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
     """Send a body as JSON, or GET without one; give the status and what came back, read as JSON where it is."""
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -48,6 +73,11 @@ def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         return status, json.loads(text)
     except ValueError:
         return status, text
+
+
+def wait_free(url: str) -> None:
+    """Wait until nothing runs or waits behind an address."""
+    wait_for(lambda: (lambda health: health["active"] == health["queued"] == 0)(ask(f"{url}healthz")[1]))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -210,14 +210,14 @@ def _cause(error: BaseException) -> str:
 
 
 def _words(error: openai.APIError) -> str:
-    """Give the server's own words, wherever it put them."""
+    """Give the server's own words, wherever it put them; the advice to try again is the sentence's around them."""
     body = error.body
+    words = body or error.message
     if isinstance(body, dict):
         words = body.get("message") or body.get("detail") or body.get("error") or body
         if isinstance(words, dict):
             words = words.get("message") or words
-        return _one_line(str(words))
-    return _one_line(str(body or error.message))
+    return _one_line(str(words)).removesuffix("; try again.")
 
 
 def _one_line(text: str) -> str:

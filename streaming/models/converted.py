@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from streaming.models.gguf import SmolGguf
 from streaming.models.packing import PACKABLE, TILE_ROWS, pack_ggml, unpack
-from streaming.models.progress import LoadProgress, ProgressCallback, ignore_progress
+from streaming.models.progress import ProgressCallback, ignore_progress, telling_layers
 
 _WEIGHTS_FILE = "packed.safetensors"
 
@@ -63,11 +63,8 @@ def read_weights(
     with safe_open(folder / _WEIGHTS_FILE, framework="pt") as file:
         n_rows = file.metadata()
         names = list(file.keys())
-        for done, name in enumerate(names):
-            progress(LoadProgress("weights", done, len(names)))
-            weight = file.get_tensor(name)
+        for name, weight in telling_layers(((name, file.get_tensor(name)) for name in names), names, progress):
             weights[name] = _unpack(weight, int(n_rows[name]), dtype) if name in n_rows else weight.to(dtype)
-    progress(LoadProgress("weights", len(names), len(names)))
     return weights
 
 

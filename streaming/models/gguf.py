@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 
-from streaming.models.progress import LoadProgress, ProgressCallback, ignore_progress
+from streaming.models.progress import ProgressCallback, ignore_progress, telling_layers
 
 # torch runs an operation on up to 32,768 values in the calling thread (at::internal::GRAIN_SIZE). Larger ones meet
 # all threads at a barrier at every step: no faster here, and 10 to 50 times as long while something else computes.
@@ -119,13 +119,8 @@ class SmolGguf:
 
     def read_weights(self, unpack: Unpack, progress: ProgressCallback = ignore_progress) -> dict[str, torch.Tensor]:
         """Read the weights as `{parameter name: unpack(blocks, ggml type)}`."""
-        weights = {}
-        packed = self.read_blocks()
-        for done, (name, (blocks, ggml_type)) in enumerate(packed.items()):
-            progress(LoadProgress("weights", done, len(packed)))
-            weights[name] = unpack(blocks, ggml_type)
-        progress(LoadProgress("weights", len(packed), len(packed)))
-        return weights
+        blocks = self.read_blocks()
+        return {name: unpack(*block) for name, block in telling_layers(blocks.items(), blocks, progress)}
 
     def read_blocks(self) -> dict[str, tuple[torch.Tensor, int]]:
         """Read the weights as they are, `(rows, bytes a row)` or plain values, with each one's ggml type."""

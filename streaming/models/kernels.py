@@ -6,16 +6,22 @@ as fast as float32 and, at a relative error of about 1e-5, as good. Compiled by 
 afterwards read from its cache on disk.
 """
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
-from numba.core.errors import NumbaError
+from numba import carray, njit
 
 from streaming.models import parallel, simd
+from streaming.models.kernel_cache import compile_kernel
 from streaming.models.packing import BLOCK_BYTES, GROUP_COLUMNS, TILE_ROWS
 from streaming.models.parallel import first, thread_number
+
+_PARTS = ("attention_kernel", "kernels", "packing", "parallel", "simd")
+SOURCES = [Path(__file__).with_name(f"{part}.py") for part in _PARTS]
+"""What kernels are made of, beside their own files."""
 
 _Q4 = BLOCK_BYTES[4]
 _FLOAT = 4
@@ -41,11 +47,7 @@ apart = njit(error_model="numpy", no_cpython_wrapper=True)
 
 def kernel(function: Any) -> Any:
     """Compile `function(plan address)`, cached on disk where a folder can be written."""
-    signature = types.void(types.voidptr)
-    try:
-        return cfunc(signature, cache=True, error_model="numpy")(function)
-    except (NumbaError, RuntimeError, OSError):
-        return cfunc(signature, error_model="numpy")(function)
+    return compile_kernel(function, (*SOURCES, Path(inspect.getfile(function))))
 
 
 @apart

@@ -6,7 +6,7 @@ not run unless the caller trusts it.
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from streaming.models.device import choose_device, choose_dtype, choose_int4, fr
 from streaming.models.embedded import DEFAULT_MODEL
 from streaming.models.gguf import SmolGguf, unpack_blocks
 from streaming.models.progress import LoadProgress as LoadProgress
-from streaming.models.progress import ProgressCallback, ignore_progress
+from streaming.models.progress import ProgressCallback, ignore_progress, telling_layers
 from streaming.models.sources import find_model
 from streaming.settings import QUANTIZATIONS
 
@@ -247,7 +247,6 @@ def _from_pretrained(progress: ProgressCallback, **arguments: Any) -> Any:
     if report["missing_keys"]:
         files = arguments["pretrained_model_name_or_path"]
         raise ModelDamaged(f"{files} lacks {len(report['missing_keys'])} of its weights; fetch the model again.")
-    progress(LoadProgress("weights", 1, 1))
     return loaded
 
 
@@ -257,12 +256,9 @@ def _reporting(progress: ProgressCallback) -> Iterator[None]:
 
     def hook(make_bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         bar = make_bar(*args, **options)
-        return told(bar, len(args[0])) if options.get("desc") == "Loading weights" else bar
-
-    def told(bar: Iterable[Any], total: int) -> Iterator[Any]:
-        for done, weight in enumerate(bar):
-            progress(LoadProgress("weights", done, total))
-            yield weight
+        if options.get("desc") != "Loading weights":
+            return bar
+        return telling_layers(bar, [name for name, _ in args[0]], progress)
 
     with _progress_bars:
         before = transformers.utils.logging.set_tqdm_hook(hook)

@@ -9,39 +9,16 @@ import openai
 import pytest
 from huggingface_hub import InferenceClient
 
-from tests.scripted import ScriptedEngine
-from tests.serving import WAIT_S, ask, serving, wait_for
+from tests.scripted import LONG
+from tests.serving import WAIT_S, ask, said, wait_for, wait_free
 
 MODEL = "tiny"
-LONG = "slow: " + "x" * 300
-
-
-def said(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    engine = ScriptedEngine()
-    engine.wait_ready(WAIT_S)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with serving(engine) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")
 def client(url):
     with openai.OpenAI(base_url=f"{url}v1", api_key="none", max_retries=0, timeout=WAIT_S) as client:
         yield client
-
-
-def wait_free(url: str) -> None:
-    wait_for(lambda: (lambda h: h["active"] == h["queued"] == 0)(ask(f"{url}healthz")[1]))
 
 
 class TestOpenAI:

@@ -9,35 +9,20 @@ import pytest
 
 from streaming.engine.menu import ModelMenu
 from streaming.server import openai_api
-from tests.scripted import ScriptedEngine
-from tests.serving import WAIT_S, ask, serving, wait_for
+from tests.scripted import LONG, ScriptedEngine
+from tests.serving import WAIT_S, ask, said, serving, wait_free
 from tests.tiny import ScriptedModel, loaded
 
 KEYS = ("sk-first-key", "sk-second-key")
-LONG = "slow: " + "x" * 300
 
 
 def chat(text: str, **options) -> dict:
-    return {"messages": [{"role": "user", "content": text}], **options}
+    return {"messages": said(text), **options}
 
 
 @pytest.fixture(scope="module")
-def engine():
-    engine = ScriptedEngine()
-    engine.wait_ready(WAIT_S)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    with serving(engine) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def keyed_url(engine):
-    with serving(engine, api_key=KEYS, auth=(("ann", "password"),)) as url:
+def keyed_url(scripted):
+    with serving(scripted, api_key=KEYS, auth=(("ann", "password"),)) as url:
         yield url
 
 
@@ -97,16 +82,16 @@ class TestWithoutAKey:
             {"origin": "null"},
         ],
     )
-    def test_a_proxy_and_a_page_of_another_origin_may_not(self, url, engine, headers):
-        n_before = engine.model.n_forwards
+    def test_a_proxy_and_a_page_of_another_origin_may_not(self, url, scripted, headers):
+        n_before = scripted.model.n_forwards
         status, body = ask(f"{url}v1/chat/completions", chat("say: x"), **headers)
         assert status == 403
         assert body["error"]["code"] == "api_closed"
         assert ask(f"{url}v1/models", **headers)[0] == 403
-        assert engine.model.n_forwards == n_before
+        assert scripted.model.n_forwards == n_before
 
-    def test_a_public_page_lets_nobody_in(self, engine):
-        with serving(engine, space=True) as url:
+    def test_a_public_page_lets_nobody_in(self, scripted):
+        with serving(scripted, space=True) as url:
             status, body = ask(f"{url}v1/models")
         assert (status, body["error"]["type"]) == (403, "permission_error")
         assert "start Brook with --api-key" in body["error"]["message"]
@@ -187,7 +172,7 @@ class TestResuming:
         stream = Stream(url, chat(LONG, stream_options={"resume_s": 0.2}))
         next(stream)
         stream.cut()
-        wait_for(lambda: ask(f"{url}healthz")[1]["active"] == 0)
+        wait_free(url)
 
     def test_one_of_two_readers_may_leave(self, url):
         first = Stream(url, chat("slow: one two three"))

@@ -2,33 +2,11 @@
 
 import asyncio
 import itertools
-import json
-import time
-import urllib.request
 
 import pytest
 
-from streaming.settings import Settings
-from streaming.ui.build import build_app, launch_app
-from tests.scripted import ScriptedEngine
-
-WAIT_S = 30
-
-
-@pytest.fixture(scope="module")
-def engine():
-    engine = ScriptedEngine()
-    engine.wait_ready(WAIT_S)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    app = build_app(engine)
-    url, _ = launch_app(app, engine, Settings(port=0))
-    yield url
-    app.close()
+from tests.scripted import LONG
+from tests.serving import WAIT_S, ask, wait_for, wait_free
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +35,7 @@ def test_chat_streams_the_growing_text(client):
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
 
 
-def test_chat_takes_a_history_and_a_system_prompt(client, engine):
+def test_chat_takes_a_history_and_a_system_prompt(client):
     history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     reply = client.predict("say: yes", history, "Be kind.", 64, 0, api_name="/chat")
     assert reply == "yes"
@@ -86,22 +64,16 @@ def test_a_refusal_is_the_sentence(client):
         client.predict("say: x", temperature=9, api_name="/chat")
 
 
-def test_cancelling_the_job_frees_the_engine(client, engine):
-    job = client.submit("slow: " + "x" * 200, api_name="/chat")
-    deadline = time.monotonic() + WAIT_S
-    while not job.outputs() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    run = engine._active.generation
+def test_cancelling_the_job_frees_the_engine(client, url):
+    job = client.submit(LONG, max_new_tokens=2000, api_name="/chat")
+    wait_for(lambda: job.outputs())
+    assert ask(f"{url}healthz")[1]["active"] == 1
     job.cancel()
-    finish = run.log.wait_finish(WAIT_S)
-    assert finish is not None
-    assert finish.reason == "cancelled"
+    wait_free(url)
 
 
 def test_healthz_tells_how_the_engine_is(url):
-    with urllib.request.urlopen(f"{url}healthz", timeout=WAIT_S) as answer:
-        body = json.load(answer)
-    assert body == {
+    assert ask(f"{url}healthz")[1] == {
         "status": "ready",
         "model": "tiny",
         "engine": "local",

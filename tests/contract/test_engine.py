@@ -1,74 +1,125 @@
 """What every engine promises, on a tiny random Llama and on a scripted model.
 
-Each test is named by the property that it shows; the engines are real, only the weights are small.
+Each test is named by the property that it shows; the engines are real, only the weights are small. The remote engine
+asks Brook's own API on this machine, behind which is a LocalEngine.
 """
 
 import threading
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 
 import pytest
 import torch
 
-from streaming.engine.base import Generation, GenerationRequest
+from streaming.engine.base import Engine, Generation, GenerationRequest, GenerationResult
 from streaming.engine.batched import BatchedEngine
 from streaming.engine.generate import PREFILL_CHUNK_TOKENS
 from streaming.engine.local import LocalEngine
 from streaming.engine.prefix_cache import NOBODY
+from streaming.engine.remote import RemoteEngine
 from streaming.errors import EngineBusy, EngineClosed, InvalidRequest, PromptTooLong, StreamTimeout
 from streaming.events import FinishEvent, TokenEvent
+from tests.serving import WAIT_S, serving_api, wait_for
 from tests.tiny import N_CONTEXT, SYSTEM, SYSTEM_TEMPLATE, ScriptedModel, byte_tokenizer, loaded, tiny_llama
 
-WAIT_S = 30
 EOS = 258
+HELLO = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(params=[LocalEngine, BatchedEngine], ids=lambda kind: kind.kind)
+def kind_of(engine: type[Engine]) -> str:
+    return engine.kind
+
+
+@pytest.fixture(params=[LocalEngine, BatchedEngine, RemoteEngine], ids=kind_of)
 def serve(request):
     """Start engines of each kind on models, and close them at the end."""
-    engines = []
+    with ExitStack() as stack:
 
-    def start(model, n_context=N_CONTEXT, one_seat=False, tokenizer=None, **options) -> LocalEngine:
-        if one_seat and request.param is BatchedEngine:
-            options["n_seats"] = 1
-        engine = request.param(lambda progress: loaded(model, tokenizer, n_context), **options)
-        engines.append(engine)
-        return engine
+        def start(model, n_context=N_CONTEXT, one_seat=False, tokenizer=None, **options) -> Engine:
+            kind = LocalEngine if request.param is RemoteEngine else request.param
+            if one_seat and kind is BatchedEngine:
+                options["n_seats"] = 1
+            engine = stack.enter_context(closing(kind(lambda _: loaded(model, tokenizer, n_context), **options)))
+            if request.param is RemoteEngine:
+                engine.wait_ready(WAIT_S)
+                url = stack.enter_context(serving_api(engine))
+                engine = stack.enter_context(closing(RemoteEngine(f"{url}v1")))
+            return engine
 
-    yield start
-    for engine in engines:
-        engine.close()
+        yield start
+
+
+def only_here(_because: str) -> pytest.MarkDecorator:
+    """Leave out the remote engine, which cannot have a property."""
+    return pytest.mark.parametrize("serve", [LocalEngine, BatchedEngine], indirect=True, ids=kind_of)
+
+
+of_token_ids = only_here("servers give text and continue text: the ids are theirs")
+of_places = only_here("servers tell neither places in their queue nor how much of a prompt they have read")
+of_chunks = only_here("a server stops once it notices that nobody listens, which its model does not wait for")
+of_refusals_at_once = only_here("a server's refusal is the finish of the stream: submit() does not wait for it")
 
 
 def scripted(text: str, at=None) -> ScriptedModel:
-    return ScriptedModel(byte_tokenizer()(text)["input_ids"], at)
+    """Give a model that says a text after a prompt of one token."""
+    model = ScriptedModel(byte_tokenizer()(text)["input_ids"], at)
+    model.expect(1)
+    return model
 
 
-def say(engine: LocalEngine, **options) -> Generation:
+def say(engine: Engine, **options) -> Generation:
     """Ask a scripted model to speak, from a prompt of one token."""
-    engine.wait_ready(WAIT_S)
-    engine._require_loaded().model.expect(1)
     return engine.submit(GenerationRequest(prompt="?", temperature=0, **options))
 
 
+def chat_ids(messages: Sequence[dict[str, str]]) -> list[int]:
+    """Give what a model reads before it replies."""
+    return byte_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def generated(prompt_ids: Sequence[int], n_tokens: int) -> list[int]:
+    """Give the ids that bare `generate()` of the tiny Llama writes, greedily."""
+    ids = torch.tensor([prompt_ids])
+    written = tiny_llama().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False)
+    return written[0, ids.shape[1] :].tolist()
+
+
+def text_of(token_ids: Sequence[int]) -> str:
+    return byte_tokenizer().decode(token_ids, skip_special_tokens=True)
+
+
 class TestStream:
+    def test_says_what_generate_says(self, serve):
+        engine = serve(tiny_llama())
+        for prompt in ("one, two,", "x" * 300, "日本語"):
+            ids = byte_tokenizer()(prompt)["input_ids"]
+            for source in ({"prompt": prompt}, {"prompt_ids": ids}):
+                run = engine.submit(GenerationRequest(**source, max_new_tokens=40, temperature=0))
+                assert run.result(WAIT_S).text == text_of(generated(ids, 40))
+
+    @of_token_ids
     def test_equals_generate_token_for_token(self, serve):
-        engine, model = serve(tiny_llama()), tiny_llama()
+        engine = serve(tiny_llama())
         for prompt in ("one, two,", "x" * 300, "日本語"):
             run = engine.submit(GenerationRequest(prompt=prompt, max_new_tokens=40, temperature=0))
-            ids = torch.tensor([run.prompt_ids])
-            expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
-            assert run.result(WAIT_S).token_ids == expected[0, ids.shape[1] :].tolist()
+            assert run.result(WAIT_S).token_ids == generated(run.prompt_ids, 40)
 
     def test_is_token_events_then_one_finish(self, serve):
         run = say(serve(scripted("hello")), max_new_tokens=20)
         *tokens, finish = list(run.events(timeout=WAIT_S))
         assert all(isinstance(event, TokenEvent) for event in tokens)
         assert isinstance(finish, FinishEvent)
-        assert [event.index for event in tokens] == list(range(6))
-        assert [event.text for event in tokens] == ["h", "e", "l", "l", "o", ""]
-        assert [event.id for event in tokens][-1] == EOS
+        assert [event.index for event in tokens] == list(range(len(tokens)))
+        assert [event.text for event in tokens if event.text] == ["h", "e", "l", "l", "o"]
         assert (finish.reason, finish.error, finish.n_prompt_tokens, finish.n_generated_tokens) == ("stop", None, 1, 6)
-        assert finish.timings.ttft_s is not None
-        assert finish.timings.tokens_per_s is not None
+        assert finish.timings.ttft_s > 0
+        assert finish.timings.tokens_per_s > 0
+
+    @of_token_ids
+    def test_has_an_event_for_each_token_with_its_id(self, serve):
+        *tokens, _ = say(serve(scripted("hi")), max_new_tokens=20, logprobs=2).events(timeout=WAIT_S)
+        assert [(event.id, event.text) for event in tokens] == [(71, "h"), (72, "i"), (EOS, "")]
+        assert [event.top[0].id for event in tokens] == [event.id for event in tokens]
 
     def test_texts_join_to_the_full_decode_in_every_script(self, serve):
         text = "Zwölf 日本語 ไทย العربية 👩‍👩‍👧‍👦 🇩🇪 end"
@@ -78,7 +129,7 @@ class TestStream:
     def test_an_unfinished_character_at_the_end_is_as_the_full_decode_has_it(self, serve):
         run = say(serve(scripted("ok 👍")), max_new_tokens=5)
         result = run.result(WAIT_S)
-        assert result.text == byte_tokenizer().decode(result.token_ids) == "ok \ufffd"
+        assert result.text == text_of(byte_tokenizer()("ok 👍")["input_ids"][:5]) == "ok \ufffd"
         assert result.finish.reason == "length"
 
     def test_a_late_reader_and_two_at_once_see_the_same(self, serve):
@@ -135,12 +186,11 @@ class TestPenalties:
         assert (text.count("a"), text[:5]) == (5, "aaaaa")
 
     def test_what_a_continued_reply_has_already_counts(self, serve):
-        engine = serve(scripted("a" * 20))
-        ids = byte_tokenizer()("aaa")["input_ids"]
-        engine.wait_ready(WAIT_S)
-        engine._require_loaded().model.expect(4)
-        request = GenerationRequest(prompt="?", prefix_ids=ids, max_new_tokens=8, temperature=0, frequency_penalty=2.0)
-        assert engine.submit(request).result(WAIT_S).text.count("a") == 2
+        model = scripted("a" * 20)
+        model.expect(len(chat_ids(HELLO)) + len("aaa"))
+        options = {"max_new_tokens": 8, "temperature": 0, "frequency_penalty": 2.0}
+        run = serve(model).submit(GenerationRequest(messages=HELLO, prefix_text="aaa", **options))
+        assert run.result(WAIT_S).text.count("a") == 2
 
 
 class TestErrors:
@@ -149,12 +199,14 @@ class TestErrors:
         def fail():
             raise ValueError("the model broke")
 
-        engine = serve(scripted("abcdefghij", {k: fail}))
+        model = scripted("abcdefghij", {k: fail})
+        engine = serve(model)
         events = list(say(engine, max_new_tokens=20).events(timeout=WAIT_S))
         assert "".join(e.text for e in events[:-1]) == "abcdefghij"[:k]
         assert events[-1].reason == "error"
-        assert events[-1].error == "The model stopped with an error (ValueError: the model broke); try again."
-        engine._require_loaded().model.at.clear()
+        assert "The model stopped with an error (ValueError: the model broke)" in events[-1].error
+        assert events[-1].error.count("try again") == 1
+        model.at.clear()
         assert say(engine, max_new_tokens=20).result(WAIT_S).text == "abcdefghij"
 
     @pytest.mark.parametrize(
@@ -165,21 +217,21 @@ class TestErrors:
         def fail():
             raise error
 
-        engine = serve(scripted("abc", {1: fail}))
+        model = scripted("abc", {1: fail})
+        engine = serve(model)
         finish = say(engine).result(WAIT_S).finish
-        assert finish.error == (
-            "The machine ran out of memory; shorten the conversation or lower max new tokens, then try again."
-        )
-        engine._require_loaded().model.at.clear()
+        assert "The machine ran out of memory; shorten the conversation or lower max new tokens" in finish.error
+        model.at.clear()
         assert say(engine).result(WAIT_S).text == "abc"
 
     def test_even_a_system_exit_in_the_model_ends_only_that_run(self, serve):
         def leave():
             raise SystemExit(3)
 
-        engine = serve(scripted("abc", {1: leave}))
+        model = scripted("abc", {1: leave})
+        engine = serve(model)
         assert say(engine).result(WAIT_S).finish.reason == "error"
-        engine._require_loaded().model.at.clear()
+        model.at.clear()
         assert say(engine).result(WAIT_S).text == "abc"
 
 
@@ -190,16 +242,29 @@ class TestCancel:
 
         def cancel():
             assert asked.wait(WAIT_S)
+            wait_for(lambda: len(run.log) == 4)
             run.cancel()
 
-        engine = serve(scripted("abcdefghij", {4: cancel}))
+        model = scripted("abcdefghij", {4: cancel})
+        engine = serve(model)
         run = say(engine, max_new_tokens=50)
         asked.set()
         result = run.result(WAIT_S)
         assert (result.text, result.finish.reason) == ("abcd", "cancelled")
-        engine._require_loaded().model.at.clear()
+        model.at.clear()
         assert say(engine).result(WAIT_S).text == "abcdefghij"
 
+    def test_at_once_and_twice_is_one_finish(self, serve):
+        hold = threading.Event()
+        engine = serve(scripted("abc", {0: lambda: hold.wait(WAIT_S)}))
+        run = say(engine)
+        run.cancel()
+        run.cancel()
+        hold.set()
+        assert [(event.type, event.reason) for event in run.events(timeout=WAIT_S)] == [("finish", "cancelled")]
+        assert say(engine).result(WAIT_S).text == "abc"
+
+    @of_chunks
     def test_while_reading_the_prompt_it_takes_effect_within_one_chunk(self, serve):
         n_prompt = 4 * PREFILL_CHUNK_TOKENS
         model = scripted("never said")
@@ -220,11 +285,18 @@ class TestCancel:
         assert (result.token_ids, result.finish.reason, model.n_forwards) == ([], "cancelled", 1)
 
     def test_while_queued_it_leaves_at_once(self, serve):
-        hold = threading.Event()
-        engine = serve(scripted("abc", {1: lambda: hold.wait(WAIT_S)}), one_seat=True)
-        first, second, third = (say(engine) for _ in range(3))
+        started, hold = threading.Event(), threading.Event()
+
+        def wait():
+            started.set()
+            assert hold.wait(WAIT_S)
+
+        engine = serve(scripted("abc", {1: wait}), one_seat=True)
+        first = say(engine)
+        assert started.wait(WAIT_S)
+        second, third = say(engine), say(engine)
         second.cancel()
-        assert second.result(timeout=0).finish.reason == "cancelled"
+        assert second.result(WAIT_S).finish.reason == "cancelled"
         assert first.finish is None
         hold.set()
         assert [first.result(WAIT_S).text, second.result(0).text, third.result(WAIT_S).text] == ["abc", "", "abc"]
@@ -237,7 +309,7 @@ class TestCancel:
 
     def test_closing_the_engine_ends_every_run(self, serve):
         hold = threading.Event()
-        engine = serve(scripted("abc", {1: lambda: hold.wait(WAIT_S)}))
+        engine = serve(scripted("abc", {1: lambda: hold.wait(WAIT_S)}), one_seat=True)
         runs = [say(engine) for _ in range(3)]
         closer = threading.Thread(target=engine.close, name="brook-test-closer")
         closer.start()
@@ -245,17 +317,23 @@ class TestCancel:
         hold.set()
         closer.join(WAIT_S)
         assert [run.result(0).finish.reason for run in runs] == ["cancelled"] * 3
+        assert engine.status().state == "closed"
         with pytest.raises(EngineClosed):
             engine.submit(GenerationRequest(prompt="x"))
+        runs[0].cancel()
+        engine.close()
 
 
 class TestQueue:
+    @of_places
     def test_places_are_told_and_requests_run_in_order(self, serve):
         started, hold = threading.Event(), threading.Event()
+        states = []  # of all, whenever one begins
 
         def wait():
             started.set()
             assert hold.wait(WAIT_S)
+            states.append([run.progress.state for run in runs])
 
         engine = serve(scripted("abc", {0: wait}), one_seat=True)
         runs = [say(engine) for _ in range(3)]
@@ -267,16 +345,24 @@ class TestQueue:
         ]
         assert (engine.status().n_active, engine.status().n_queued) == (1, 2)
         hold.set()
-        finishes = [run.result(WAIT_S).finish for run in runs]
-        assert finishes[0].timings.queued_s < finishes[1].timings.queued_s < finishes[2].timings.queued_s
+        for run in runs:
+            run.result(WAIT_S)
+        assert states == [
+            ["reading", "waiting", "waiting"],
+            ["done", "reading", "waiting"],
+            ["done", "done", "reading"],
+        ]
         assert [run.progress.state for run in runs] == ["done"] * 3
 
+    @of_places
     def test_people_take_turns_and_their_places_move(self, serve):
         started, hold = threading.Event(), threading.Semaphore(0)
+        states = []  # of those that waited, whenever one begins
 
         def wait():
             started.set()
             assert hold.acquire(timeout=WAIT_S)
+            states.append([run.progress.state for run in runs])
 
         engine = serve(scripted("a", {0: wait}), one_seat=True)
         first = say(engine, owner="ann")
@@ -289,8 +375,9 @@ class TestQueue:
         hold.release(3)
         for run in [first, *runs]:
             run.result(WAIT_S)
-        assert runs[1].finish.timings.queued_s < runs[2].finish.timings.queued_s
+        assert states[1:] == [["done", "reading", "waiting"], ["done", "done", "reading"]]
 
+    @of_refusals_at_once
     def test_beyond_the_limits_it_says_so_and_goes_on(self, serve):
         started, hold = threading.Event(), threading.Event()
 
@@ -312,6 +399,7 @@ class TestQueue:
         assert [run.result(WAIT_S).text for run in runs] == ["a", "a", "a"]
         assert say(engine, owner="ann").result(WAIT_S).text == "a"
 
+    @of_places
     def test_reading_the_prompt_shows_how_far_it_is(self, serve):
         n_prompt = 3 * PREFILL_CHUNK_TOKENS
         model = scripted("a")
@@ -325,40 +413,40 @@ class TestQueue:
             assert submitted.wait(WAIT_S)
             seen.append((run.progress.state, run.progress.n_read, run.progress.n_to_read))
 
-        engine._require_loaded().model.register_forward_pre_hook(note, with_kwargs=True)
+        model.register_forward_pre_hook(note, with_kwargs=True)
         run = engine.submit(GenerationRequest(prompt="x" * n_prompt, temperature=0))
         submitted.set()
         run.result(WAIT_S)
         assert seen[:3] == [("reading", 0, 768), ("reading", 256, 768), ("reading", 512, 768)]
         assert seen[3] == ("writing", 768, 768)
 
-    def test_a_thousand_generations_leave_no_thread(self, serve):
+    def test_hundreds_of_generations_leave_no_thread(self, serve):
         engine = serve(scripted("ab"))
         say(engine).result(WAIT_S)
         before = threading.active_count()
-        for _ in range(1000):
+        for _ in range(300):
             assert say(engine).result(WAIT_S).text == "ab"
-        assert threading.active_count() == before
+        assert threading.active_count() < before + 10  # a server's pool may grow
 
     def test_eight_people_at_once_each_get_their_own(self, serve):
         engine = serve(tiny_llama())
         prompts = [f"person {i} asks {i * 7}" for i in range(8)]
         alone = [
-            engine.submit(GenerationRequest(prompt=p, max_new_tokens=20, temperature=0)).result(WAIT_S).token_ids
-            for p in prompts
+            engine.submit(GenerationRequest(prompt=p, max_new_tokens=20, temperature=0)).result(WAIT_S) for p in prompts
         ]
-        runs: dict[str, list[int]] = {}
+        runs: dict[str, GenerationResult] = {}
 
         def ask(prompt: str) -> None:
             run = engine.submit(GenerationRequest(prompt=prompt, max_new_tokens=20, temperature=0))
-            runs[prompt] = run.result(WAIT_S).token_ids
+            runs[prompt] = run.result(WAIT_S)
 
         threads = [threading.Thread(target=ask, args=(p,), name="brook-test-person") for p in prompts]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(WAIT_S)
-        assert [runs[p] for p in prompts] == alone
+        for prompt, expected in zip(prompts, alone, strict=True):
+            assert (runs[prompt].text, runs[prompt].token_ids) == (expected.text, expected.token_ids)
 
 
 class TestSampling:
@@ -371,8 +459,8 @@ class TestSampling:
         fresh = ask(None)
         again = ask(fresh.seed)
         other = ask(fresh.seed + 1)
-        assert fresh.result(WAIT_S).token_ids == again.result(WAIT_S).token_ids
-        assert fresh.result(WAIT_S).token_ids != other.result(WAIT_S).token_ids
+        assert fresh.result(WAIT_S).text == again.result(WAIT_S).text
+        assert fresh.result(WAIT_S).text != other.result(WAIT_S).text
 
     def test_the_global_random_generator_is_left_alone(self, serve):
         engine = serve(tiny_llama())
@@ -382,15 +470,16 @@ class TestSampling:
         assert torch.equal(torch.random.get_rng_state(), state)
 
     def test_logprobs_are_the_models_own(self, serve):
-        engine, model = serve(tiny_llama()), tiny_llama()
-        run = engine.submit(GenerationRequest(prompt="go", max_new_tokens=8, temperature=0.7, seed=1, logprobs=3))
-        *tokens, _ = run.events(timeout=WAIT_S)
-        ids = torch.tensor([[*run.prompt_ids, *(event.id for event in tokens)]])
+        """Of the likeliest token alone (`top_k` 1): the settings would give it a logprob of 0."""
+        request = GenerationRequest(messages=HELLO, max_new_tokens=8, temperature=0.7, top_k=1, logprobs=3)
+        *tokens, _ = serve(tiny_llama()).submit(request).events(timeout=WAIT_S)
+        prompt_ids = chat_ids(HELLO)
+        written = generated(prompt_ids, 8)
         with torch.no_grad():
-            expected = model(ids).logits[0, len(run.prompt_ids) - 1 : -1].log_softmax(-1)
-        for event, row in zip(tokens, expected, strict=True):
-            assert event.logprob == pytest.approx(row[event.id].item(), abs=1e-4)
-            assert [t.id for t in event.top] == row.topk(3).indices.tolist()
+            logits = tiny_llama()(torch.tensor([[*prompt_ids, *written]])).logits[0, len(prompt_ids) - 1 : -1]
+        for event, token_id, row in zip(tokens, written, logits.log_softmax(-1), strict=True):
+            assert event.logprob == pytest.approx(row[token_id].item(), abs=1e-4)
+            assert [top.logprob for top in event.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
 
 
 class TestRefusals:
@@ -411,10 +500,12 @@ class TestRefusals:
             GenerationRequest(prompt="x", **options)
         assert caught.value.field == field
 
+    @of_refusals_at_once
     def test_ids_that_the_model_does_not_have(self, serve):
         with pytest.raises(InvalidRequest, match="0 to 258"):
             serve(tiny_llama()).submit(GenerationRequest(prompt_ids=[1, 999]))
 
+    @of_refusals_at_once
     def test_a_prompt_too_long_tells_both_numbers(self, serve):
         with pytest.raises(PromptTooLong, match=r"600 tokens.*at most 502") as caught:
             serve(tiny_llama()).submit(GenerationRequest(prompt="x" * 600, max_new_tokens=10))
@@ -433,31 +524,28 @@ class TestRefusals:
 
 
 class TestContinue:
+    @of_token_ids
     def test_prefix_ids_go_on_exactly_where_the_reply_stopped(self, serve):
         engine = serve(tiny_llama())
-        messages = [{"role": "user", "content": "hello"}]
-        whole = engine.submit(GenerationRequest(messages=messages, max_new_tokens=30, temperature=0)).result(WAIT_S)
+        whole = engine.submit(GenerationRequest(messages=HELLO, max_new_tokens=30, temperature=0)).result(WAIT_S)
         rest = engine.submit(
-            GenerationRequest(messages=messages, prefix_ids=whole.token_ids[:11], max_new_tokens=19, temperature=0)
+            GenerationRequest(messages=HELLO, prefix_ids=whole.token_ids[:11], max_new_tokens=19, temperature=0)
         )
+        assert rest.prompt_ids == (*chat_ids(HELLO), *whole.token_ids[:11])
         assert whole.token_ids[:11] + rest.result(WAIT_S).token_ids == whole.token_ids
         assert rest.prefix_text + rest.result(WAIT_S).text == whole.text
 
     def test_a_prefix_of_text_is_read_as_the_reply_so_far(self, serve):
-        engine = serve(tiny_llama())
-        messages = [{"role": "user", "content": "hello"}]
-        text = "so <|im_end|> far"  # control tokens in it are text
-        run = engine.submit(GenerationRequest(messages=messages, prefix_text=text, max_new_tokens=5, temperature=0))
+        engine, text = serve(tiny_llama()), "so <|im_end|> far"  # control tokens in it are text
+        run = engine.submit(GenerationRequest(messages=HELLO, prefix_text=text, max_new_tokens=5, temperature=0))
         ids = byte_tokenizer()(text, split_special_tokens=True)["input_ids"]
-        assert run.prompt_ids[-len(ids) :] == tuple(ids)
         assert EOS not in ids
-        by_ids = engine.submit(GenerationRequest(messages=messages, prefix_ids=ids, max_new_tokens=5, temperature=0))
-        assert run.prompt_ids == by_ids.prompt_ids
         assert run.prefix_text == text
-        assert run.result(WAIT_S).token_ids == by_ids.result(WAIT_S).token_ids
+        assert run.result(WAIT_S).text == text_of(generated([*chat_ids(HELLO), *ids], 5))
 
 
 class TestReuse:
+    @of_token_ids
     def test_the_next_turn_reads_only_what_is_new_and_says_the_same(self, serve):
         engine, fresh = serve(tiny_llama()), serve(tiny_llama())
         messages = [{"role": "user", "content": "hello there"}]
@@ -475,12 +563,16 @@ class TestReuse:
                 {"role": "user", "content": f"and {turn}?"},
             ]
 
-    def test_nothing_is_reused_for_another_owner(self, serve):
+    def test_what_was_read_for_one_owner_is_reused_for_that_owner_alone(self, serve):
         engine = serve(tiny_llama())
-        for owner in ("ann", "bob"):
-            run = engine.submit(GenerationRequest(prompt="x" * 100, max_new_tokens=4, temperature=0, owner=owner))
-            assert run.result(WAIT_S).finish.n_reused_tokens == 0
 
+        def n_reused(owner: str) -> int:
+            run = engine.submit(GenerationRequest(prompt="x" * 100, max_new_tokens=4, temperature=0, owner=owner))
+            return run.result(WAIT_S).finish.n_reused_tokens
+
+        assert (n_reused("ann"), n_reused("bob"), n_reused("ann")) == (0, 0, 99)
+
+    @of_token_ids
     def test_of_two_owners_chats_only_what_every_chat_begins_with_is_read_once(self, serve):
         engine, fresh = (serve(tiny_llama(), tokenizer=byte_tokenizer(SYSTEM_TEMPLATE)) for _ in range(2))
         opening = byte_tokenizer()(SYSTEM + "<|im_start|>user\n")["input_ids"]
@@ -513,6 +605,7 @@ class TestReuse:
             run = engine.submit(GenerationRequest(messages=[{"role": "user", "content": "x"}], max_new_tokens=1))
             assert run.result(WAIT_S).finish.n_reused_tokens == 0
 
+    @of_token_ids
     def test_after_a_cancel_what_was_read_is_still_good(self, serve):
         engine = serve(tiny_llama())
         run = engine.submit(GenerationRequest(prompt="x" * 100, max_new_tokens=400, temperature=0))

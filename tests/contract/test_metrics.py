@@ -10,8 +10,8 @@ from streaming.errors import InvalidRequest
 from streaming.events import FinishEvent, Timings, TokenEvent
 from streaming.log import EventLog
 from streaming.server.metrics import MeteredEngine
-from tests.scripted import ScriptedEngine
-from tests.serving import WAIT_S, ask, serving, wait_for
+from tests.scripted import LONG
+from tests.serving import WAIT_S, ask, said, serving, wait_for
 
 
 def samples(text: str | bytes) -> dict[str, float]:
@@ -25,20 +25,11 @@ def samples(text: str | bytes) -> dict[str, float]:
     return found
 
 
-@pytest.fixture
-def engine():
-    engine = ScriptedEngine()
-    engine.wait_ready(WAIT_S)
-    yield engine
-    engine.close()
-
-
-def test_it_counts_tokens_and_endings_and_what_is_going_on(engine):
-    with serving(engine) as url:
+def test_it_counts_tokens_and_endings_and_what_is_going_on(scripted):
+    with serving(scripted) as url:
 
         def chat(text, **options):
-            body = {"messages": [{"role": "user", "content": text}], **options}
-            return ask(f"{url}v1/chat/completions", body)
+            return ask(f"{url}v1/chat/completions", {"messages": said(text), **options})
 
         zero = samples(ask(f"{url}metrics")[1])
         assert zero["brook_generated_tokens_total"] == zero["brook_generations_total{reason=cancelled}"] == 0
@@ -61,14 +52,13 @@ def test_it_counts_tokens_and_endings_and_what_is_going_on(engine):
         assert seen["brook_active_generations"] == seen["brook_queued_generations"] == 0
 
 
-def test_a_running_stream_is_counted_before_it_ends(engine):
-    metered = MeteredEngine(engine)
-    messages = [{"role": "user", "content": "slow: " + "x" * 200}]
-    run = metered.submit(GenerationRequest(messages=messages))
-    waiting = metered.submit(GenerationRequest(messages=messages))
+def test_a_running_stream_is_counted_before_it_ends(scripted):
+    metered = MeteredEngine(scripted)
+    run = metered.submit(GenerationRequest(messages=said(LONG), max_new_tokens=2000))
+    waiting = metered.submit(GenerationRequest(messages=said(LONG)))
     wait_for(lambda: len(run.log) > 3)
     seen = samples(metered.exposition())
-    assert 3 <= seen["brook_generated_tokens_total"] < 200
+    assert 3 <= seen["brook_generated_tokens_total"] < 2000
     assert (seen["brook_active_generations"], seen["brook_queued_generations"]) == (1, 1)
     waiting.cancel()
     run.cancel()
@@ -79,10 +69,10 @@ def test_a_running_stream_is_counted_before_it_ends(engine):
     assert seen["brook_time_to_first_token_seconds_count"] == 1, "what was cancelled in the queue had no token"
 
 
-def test_a_page_without_a_key_keeps_them_from_strangers(engine):
-    with serving(engine, space=True) as url:
+def test_a_page_without_a_key_keeps_them_from_strangers(scripted):
+    with serving(scripted, space=True) as url:
         assert ask(f"{url}metrics")[0] == 403
-    with serving(engine, api_key=("sk-some-key",)) as url:
+    with serving(scripted, api_key=("sk-some-key",)) as url:
         assert ask(f"{url}metrics")[0] == 401
         assert ask(f"{url}metrics", authorization="Bearer sk-some-key")[0] == 200
 

@@ -9,21 +9,16 @@ from gradio_client import Client
 from streaming.engine.remote import RemoteEngine
 from streaming.server.runs import Runs
 from tests.fake_server import fake_server, streaming
-from tests.scripted import ScriptedEngine
 from tests.serving import WAIT_S, serving
 from tests.unit.test_ui_chat import Tab, settings
 
 
 @pytest.fixture(scope="module")
-def engine():
-    engine = ScriptedEngine()
-    engine.wait_ready(WAIT_S)
-    with serving(engine) as url:
-        far = RemoteEngine(f"{url}v1")
-        assert far.wait_ready(WAIT_S)
-        yield far
-        far.close()
-    engine.close()
+def engine(url):
+    far = RemoteEngine(f"{url}v1")
+    assert far.wait_ready(WAIT_S)
+    yield far
+    far.close()
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from streaming.errors import (
 from streaming.models.device import choose_device, choose_dtype
 from streaming.models.int4 import PackedLinear
 from streaming.models.loading import LoadProgress, load_model, load_tokenizer
+from streaming.models.progress import telling_layers
 from streaming.models.sources import find_model
 from tests.standin_hub import point_hub_at, refusing_url, serving, silent_url
 from tests.tiny import N_CONTEXT, byte_tokenizer, tiny_llama
@@ -88,7 +89,7 @@ def test_a_folder_loads_ready_to_generate(folder):
     assert loaded.model.config._attn_implementation == "sdpa"
     assert (loaded.model_id, loaded.n_context) == (str(folder), N_CONTEXT)
     assert loaded.tokenizer.encode("aé") == byte_tokenizer().encode("aé")
-    assert steps[-1] == LoadProgress("weights", 1, 1)
+    assert steps[-1] == LoadProgress("weights", 2, 2)
 
 
 def test_the_dtype_is_the_one_asked_for(folder):
@@ -193,16 +194,25 @@ def test_code_that_comes_with_a_model_is_run_where_its_owner_says_so(with_code, 
         assert torch.equal(loaded.model(IDS).logits, tiny_llama()(IDS).logits)
 
 
+def test_a_layer_counts_once_all_of_it_was_read():
+    names = ["head.weight", "m.layers.0.norm", "m.layers.1.norm", "m.layers.1.experts.7.up", "m.layers.0.experts.3.up"]
+    steps: list[LoadProgress] = []
+    seen = [
+        (weight, [step.done for step in steps])
+        for _, weight in telling_layers(zip(names, "abcde", strict=True), names, steps.append)
+    ]
+    assert seen == [("a", []), ("b", []), ("c", []), ("d", []), ("e", [1])]
+    assert steps == [LoadProgress("weights", 1, 2), LoadProgress("weights", 2, 2)]
+    assert list(telling_layers([("head.weight", "a")], ["head.weight"], steps.append)) == [("head.weight", "a")]
+
+
 def test_loading_tells_how_far_it_is(folder):
     steps: list[LoadProgress] = []
     for options in ({"dtype": "float32"}, {"quantize": "int4"}):
         steps.clear()
         load_model(str(folder), device="cpu", progress=steps.append, **options)
-        parts = [step.part for step in steps if step.total]
-        assert len(parts) > 5
-        assert parts == sorted(parts)
-        assert parts[-1] == 1
-    assert str(LoadProgress("weights", 21, 50)) == "Loading the model · 42 %"
+        assert steps == [LoadProgress("weights"), LoadProgress("weights", 1, 2), LoadProgress("weights", 2, 2)]
+    assert str(LoadProgress("weights", 12, 30)) == "Loading the model · layer 12 of 30"
     assert str(LoadProgress("download", 39_100_000, 93_000_000)) == "Fetching the model · 39 of 93 MB"
 
 

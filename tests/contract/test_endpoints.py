@@ -24,11 +24,16 @@ def engine():
 
 
 @pytest.fixture(scope="module")
-def url(engine):
+def app(engine):
     app = build_app(engine)
-    url, _ = launch_app(app, engine, Settings(port=0))
-    yield url
+    yield app
     app.close()
+
+
+@pytest.fixture(scope="module")
+def url(app, engine):
+    url, _ = launch_app(app, engine, Settings(port=0))
+    return url
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,18 @@ def test_the_two_endpoints_are_all_there_is(client):
     assert names == ["message", "history", "system_prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed"]
     names = [p["parameter_name"] for p in endpoints["/complete"]["parameters"]]
     assert names == ["prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed"]
+
+
+def test_nothing_is_summed_up_after_each_event(app, client):
+    queue = app._queue
+    n_before = queue.events_recorded
+    client.predict("say: one more", api_name="/chat")
+    deadline = time.monotonic() + WAIT_S
+    while queue.event_ids_to_events:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert queue.events_recorded > n_before
+    assert queue.cached_event_analytics_summary == {"functions": {}}
 
 
 def test_chat_streams_the_growing_text(client):

@@ -26,10 +26,12 @@ pytestmark = pytest.mark.browser
 N_PEOPLE = 8
 MAX_ACTIVE = 16
 """As many requests as one person may have by default; programs without keys are one person."""
-N_TOKENS = 300
-N_LONG = 500
+N_TOKENS = 200
+N_LONG = 400
 """More than anyone gets in the tests' time at SLOW_S a token."""
 SLOW_S = 0.2
+AT_ONCE_S = 10.0
+"""Far less than the time that a reply goes on by default, on however busy a machine."""
 SAME = 40
 """Replies with so much in common would hide that one was taken for another."""
 
@@ -89,18 +91,18 @@ def alone() -> Iterator[Callable[[str, int], str]]:
     engine.close()
 
 
-def questions(who: str) -> list[str]:
-    return [f"What has {who} {number} to hear?" for number in range(N_PEOPLE)]
+def questions(who: str, n_people: int = N_PEOPLE) -> list[str]:
+    return [f"What has {who} {number} to hear?" for number in range(n_people)]
 
 
 def health(url: str) -> dict[str, Any]:
     return ask(f"{url}healthz")[1]
 
 
-def open_tabs(open_page: Callable[..., Any], url: str, n_tokens: int) -> list[Any]:
+def open_tabs(open_page: Callable[..., Any], url: str, n_people: int, n_tokens: int) -> list[Any]:
     """Open a tab in a browser of its own for everyone."""
     tabs = []
-    for _ in range(N_PEOPLE):
+    for _ in range(n_people):
         tabs.append(open_page(url))
         watch(tabs[-1])
         tabs[-1].locator("#max-new-tokens input").fill(str(n_tokens))
@@ -129,7 +131,7 @@ def test_eight_browsers_and_eight_programs_at_once_each_get_what_they_get_alone(
     pieces = {text[at : at + SAME] for text in expected.values() for at in range(N_TOKENS - SAME + 1)}
     assert len(pieces) == len(expected) * (N_TOKENS - SAME + 1)
     with serving(batched) as url, ThreadPoolExecutor(N_PEOPLE) as pool:
-        tabs = open_tabs(open_page, url, N_TOKENS)
+        tabs = open_tabs(open_page, url, N_PEOPLE, N_TOKENS)
         pace.hold()
         for tab, question in zip(tabs, in_tabs, strict=True):
             send(tab, question)
@@ -151,33 +153,35 @@ def test_eight_browsers_and_eight_programs_at_once_each_get_what_they_get_alone(
             tab.context.close()
 
 
-@pytest.mark.parametrize("grace_s", [0.0, 60.0])
+@pytest.mark.parametrize(("grace_s", "n_people"), [(0.0, N_PEOPLE), (60.0, 2)])
 def test_tabs_that_are_closed_free_their_slots_at_once_or_go_on_for_the_grace_time(
-    open_page, batched, pace, alone, grace_s
+    open_page, batched, pace, alone, grace_s, n_people
 ):
-    asked = questions("tab")
+    asked = questions("tab", n_people)
     expected = [alone(question, N_LONG) for question in asked]
     runs = Runs(batched, grace_s=grace_s)
     app, url = serve(batched, runs)
-    tabs = open_tabs(open_page, url, N_LONG)
+    tabs = open_tabs(open_page, url, n_people, N_LONG)
     pace.hold()
     for tab, question in zip(tabs, asked, strict=True):
         send(tab, question)
-    wait_until(tabs[0], lambda: (now := health(url))["active"] + now["queued"] == N_PEOPLE)
+    wait_until(tabs[0], lambda: (now := health(url))["active"] + now["queued"] == n_people)
     pace.go(SLOW_S)
     for tab in tabs:
         expect(last_reply(tab)).not_to_be_empty(timeout=WAIT_MS)
-    assert health(url)["active"] == N_PEOPLE
+    assert health(url)["active"] == n_people
 
     replies = list(runs._threads)
-    closed, others = tabs[: N_PEOPLE // 2], tabs[N_PEOPLE // 2 :]
+    closed, others = tabs[: n_people // 2], tabs[n_people // 2 :]
     for tab in closed:
         tab.close()
+    closed_at = time.monotonic()
     if grace_s:
         wait_until(others[0], lambda: sum(not reply._n_readers for reply in replies) == len(closed))
-        assert health(url)["active"] == N_PEOPLE
+        assert health(url)["active"] == n_people
     else:
         wait_until(others[0], lambda: health(url)["active"] == len(others))
+        assert time.monotonic() - closed_at < AT_ONCE_S
     pace.go()
     for tab, text in zip(others, expected[len(closed) :], strict=True):
         expect(last_reply(tab)).to_have_text(text, timeout=WAIT_MS)

@@ -9,28 +9,23 @@ wheel on disk, with neither a converted model nor compiled kernels in any cache.
 """
 
 import argparse
-import contextlib
 import json
-import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-import psutil
 from transformers import AutoModelForCausalLM
 
 from benchmarks.peers import gguf_path, stock_model
 from benchmarks.report import report
+from benchmarks.server import free_port, started
 from streaming.models.embedded import DEFAULT_MODEL
 
-ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 120.0
 PIP = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
 QUESTION = "What is the capital of France?"
@@ -83,20 +78,6 @@ class Start(NamedTuple):
     rss_mb: float
 
 
-@contextlib.contextmanager
-def started(command: list[str], **environment: str) -> Iterator[tuple[float, psutil.Process]]:
-    """Run a server for the time of a block; give the moment it was started, and its process."""
-    at = time.perf_counter()
-    # Neither may wait for a network that may not be there.
-    env = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"} | environment
-    process = psutil.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield at, process
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
 def measure(code: list[str], arguments: list[Any], **environment: str) -> Start:
     """Start a Python server, its last argument the port, and ask its `/chat` with `arguments`."""
     port = free_port()
@@ -137,13 +118,6 @@ def save_stock_model(folder: str) -> None:
     plain.load_state_dict(dequantized.state_dict())
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """Small random models of several families, with packed weights."""
 
+import string
+
 import torch
 from transformers import (
     GemmaConfig,
@@ -12,6 +14,9 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from streaming.models.int4 import pack_model
+from tests.tiny import byte_tokenizer
 
 COMMON = {
     "vocab_size": 259,
@@ -70,3 +75,19 @@ def random_model(config, seed: int = 0) -> PreTrainedModel:
     model.generation_config.eos_token_id = 258
     model.generation_config.pad_token_id = 256
     return model
+
+
+def murmuring_llama() -> PreTrainedModel:
+    """A packed Llama that says small letters without end, which hang on every token before them.
+
+    Greedy, it says something else to everyone who asks something else; with byte_tokenizer.
+    """
+    model = random_model(WITH_STEP["llama"])
+    torch.manual_seed(1)
+    says = torch.zeros(model.config.vocab_size, 1)
+    says[byte_tokenizer()(string.ascii_lowercase)["input_ids"]] = 1
+    with torch.no_grad():
+        for matrix in (parameter for parameter in model.parameters() if parameter.dim() == 2):
+            matrix.add_(torch.randn_like(matrix) * 0.3)  # else it soon says the same again and again
+        model.lm_head.weight.mul_(says)
+    return pack_model(model)

@@ -30,6 +30,8 @@ POLL_S = 0.1
 """How often a reply's thread looks at its log. It does not wait on it: waking at every token would slow decoding."""
 CLOSE_S = 3.0
 """How long `Runs.close()` waits for replies to end."""
+FIRST_READER_S = 10.0
+"""How long a reply waits for its first reader, if the grace time is shorter: a page asks, and reads once it knows."""
 _N_HELD_TOKENS = 8
 """How many of the last tokens may say more than was shown: bytes of a character, the beginning of a stop string."""
 
@@ -52,6 +54,7 @@ class LiveReply:
         self.done: Future[Message] = Future()
         self.stop_reason: Reason | None = None
         self._grace_s = grace_s
+        self._patience_s = max(grace_s, FIRST_READER_S)
         self._n_readers = 0
         self._unwatched_since = time.monotonic()
         self._lock = threading.Lock()
@@ -76,6 +79,7 @@ class LiveReply:
         """Count as a reader: as long as there is one, the reply goes on."""
         with self._lock:
             self._n_readers += 1
+            self._patience_s = self._grace_s
         try:
             yield
         finally:
@@ -105,8 +109,8 @@ class LiveReply:
     def check_watched(self) -> None:
         """Stop the reply where nobody has watched it for the grace time."""
         with self._lock:
-            unwatched_s = 0.0 if self._n_readers else time.monotonic() - self._unwatched_since
-        if unwatched_s > self._grace_s:
+            is_deserted = not self._n_readers and time.monotonic() - self._unwatched_since > self._patience_s
+        if is_deserted:
             self.stop("abandoned")
 
 

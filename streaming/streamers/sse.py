@@ -12,8 +12,12 @@ from streaming.log import EventLog
 from streaming.streamers.base import event_json
 from streaming.streamers.iterator import IteratorStreamer, Stream
 
-HEARTBEAT = ": keep-alive\n\n"
-"""A comment: it keeps a proxy from closing, or holding back, a stream that says nothing for a while."""
+HEARTBEAT = ": keep-alive\n"
+"""A comment: it keeps a proxy from closing, or holding back, a stream that says nothing for a while.
+
+No empty line ends it: after an event with an id, OpenAI's client (3.54, SSEDecoder.decode) takes that for the end of an
+event without data, and fails.
+"""
 
 
 def sse_frame(data: str, *, id: int | str | None = None, event: str | None = None) -> str:

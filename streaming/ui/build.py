@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import io
+import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,10 @@ QUEUED: Any = {"concurrency_limit": None, "show_progress": "hidden", "api_visibi
 
 
 STAY_S = 15.0
+
+# Else Gradio (6.31, Queue.compute_analytics_summary) sums up its last 10,000 events after every single one, for a
+# dashboard that this page has not: 5 to 14 ms in which no other thread of Python runs.
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000000")
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ class ModelHandlers:
         """Show the model's own defaults in the settings that nobody changed."""
         model = self.of(session)
         if model.status().state != "ready":
-            return values
+            return [gr.skip()] * len(values)
         before, session.defaults = session.defaults, model.defaults
         return offer_defaults(values, session.defaults, before)
 

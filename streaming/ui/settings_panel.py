@@ -102,11 +102,15 @@ def validate(values: Sequence[Any]) -> list[dict[str, Any]]:
 def offer_defaults(
     values: Sequence[Any], defaults: SamplingDefaults, before: SamplingDefaults = _DEFAULTS
 ) -> list[Any]:
-    """Give the panel's values with a model's own defaults in the fields that still show those from `before`."""
+    """Give an update of the panel: a model's own defaults in the fields that still show those from `before`.
+
+    Nothing is sent for what stays as it is: it would overwrite what is typed while the page waits for this.
+    """
     offered = []
     for field, value in zip(fields(ChatSettings), values, strict=True):
         untouched = hasattr(before, field.name) and value == getattr(before, field.name)
-        offered.append(getattr(defaults, field.name) if untouched else value)
+        changes = untouched and value != getattr(defaults, field.name)
+        offered.append(getattr(defaults, field.name) if changes else gr.skip())
     return offered
 
 

@@ -8,6 +8,15 @@ from playwright.sync_api import expect
 
 WAIT_MS = 60_000
 
+# Notes every text that the last reply has shown, from before the page's own scripts run.
+_WATCH = """
+    window.shown = [];
+    new MutationObserver(() => {
+        const reply = document.querySelector('.live .message.bot');
+        if (reply && window.shown.at(-1) !== reply.innerText) window.shown.push(reply.innerText);
+    }).observe(document, {childList: true, subtree: true, characterData: true});
+"""
+
 
 def send(page: Any, text: str) -> None:
     """Send a message with the Enter key."""
@@ -39,6 +48,17 @@ def wait_until(page: Any, holds: Callable[[], bool]) -> None:
 def last_reply(page: Any) -> Any:
     """Find the last reply."""
     return page.locator("#chatbot .message.bot").last
+
+
+def watch(page: Any) -> None:
+    """Note from now on what the last reply shows, for `shown`."""
+    page.context.add_init_script(_WATCH)
+    page.evaluate(_WATCH)
+
+
+def shown(page: Any) -> list[str]:
+    """Give every text that the last reply has shown since `watch`."""
+    return [text.strip() for text in page.evaluate("window.shown") if text.strip()]
 
 
 def act(page: Any, name: str, row: str = ".live .bot-row") -> None:

@@ -12,30 +12,12 @@ from streaming.server.runs import Runs
 from streaming.settings import Settings
 from streaming.ui.build import build_app, launch_app
 from tests.browser.conftest import serve
-from tests.browser.page_steps import WAIT_MS, ask, last_reply, send, wait_done
+from tests.browser.page_steps import WAIT_MS, ask, last_reply, send, shown, wait_done, watch
 from tests.cutoff import cable
 
 pytestmark = pytest.mark.browser
 
 LONG = "from the first character to the last, none doubled and none missing, whatever happens to the page meanwhile"
-
-# Notes every text that the last reply has shown, from before the page's own scripts run.
-WATCH = """
-    window.shown = [];
-    new MutationObserver(() => {
-        const reply = document.querySelector('.live .message.bot');
-        if (reply && window.shown.at(-1) !== reply.innerText) window.shown.push(reply.innerText);
-    }).observe(document, {childList: true, subtree: true, characterData: true});
-"""
-
-
-def watch(page):
-    page.context.add_init_script(WATCH)
-    page.evaluate(WATCH)
-
-
-def shown(page):
-    return [text.strip() for text in page.evaluate("window.shown") if text.strip()]
 
 
 def second_tab(page, url):

@@ -9,6 +9,7 @@ import openai
 import pytest
 from huggingface_hub import InferenceClient
 
+from streaming.server import openai_api
 from tests.scripted import LONG
 from tests.serving import WAIT_S, ask, said, wait_for, wait_free
 
@@ -35,6 +36,11 @@ class TestOpenAI:
         assert answer.object == "chat.completion"
         assert answer.usage.completion_tokens == 6
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + 6
+
+    def test_heartbeats_between_tokens_are_no_events(self, client, monkeypatch):
+        monkeypatch.setattr(openai_api, "HEARTBEAT_S", 0.005)
+        stream = client.chat.completions.create(model=MODEL, messages=said("slow: hello"), temperature=0, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "hello"
 
     def test_a_chat_as_a_stream(self, client):
         stream = client.chat.completions.create(

@@ -45,7 +45,9 @@ class Stream:
         id, data = "", ""
         while (line := self.answer.readline().decode()) not in ("\n", ""):
             name, _, value = line.rstrip("\n").partition(": ")
-            id, data = (value, data) if name == "id" else (name or ":", value) if name != "data" else (id, value)
+            if not name:
+                return ":", value
+            id, data = (value, data) if name == "id" else (id, value)
         if not line:
             raise StopIteration
         return id, data

@@ -5,8 +5,23 @@ import itertools
 
 import pytest
 
+from streaming.settings import Settings
+from streaming.ui.build import build_app, launch_app
 from tests.scripted import LONG
 from tests.serving import WAIT_S, ask, wait_for, wait_free
+
+
+@pytest.fixture(scope="module")
+def app(scripted):
+    app = build_app(scripted)
+    yield app
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def url(app, scripted):
+    url, _ = launch_app(app, scripted, Settings(port=0))
+    return url
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +40,15 @@ def test_the_two_endpoints_are_all_there_is(client):
     assert names == ["message", "history", "system_prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed"]
     names = [p["parameter_name"] for p in endpoints["/complete"]["parameters"]]
     assert names == ["prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed"]
+
+
+def test_nothing_is_summed_up_after_each_event(app, client):
+    queue = app._queue
+    n_before = queue.events_recorded
+    client.predict("say: one more", api_name="/chat")
+    wait_for(lambda: not queue.event_ids_to_events)
+    assert queue.events_recorded > n_before
+    assert queue.cached_event_analytics_summary == {"functions": {}}
 
 
 def test_chat_streams_the_growing_text(client):

@@ -602,6 +602,24 @@ class TestRuns:
         assert tab.live["message"]["notice"] == ""
         runs.store.close()
 
+    def test_without_a_grace_time_a_reply_waits_for_its_first_reader_and_ends_with_its_last(self, engine):
+        runs = Runs(engine, grace_s=0)
+        late, left = Tab(runs, "a" * 32), Tab(runs, "b" * 32)
+        asyncio.run(late.send("slow: the page asks, and reads in another request"))
+        [reply] = runs.of_owner(late.owner)
+        assert reply.done.result(WAIT_S).reason == "stop"
+
+        async def leave():
+            await left.send("slow: " + "x" * 60)
+            async for frame in left.frames():
+                if frame["message"]["text"]:
+                    return
+
+        asyncio.run(leave())
+        [reply] = runs.of_owner(left.owner)
+        assert reply.done.result(WAIT_S).reason == "abandoned"
+        runs.store.close()
+
     def test_what_is_queued_and_nobody_waits_for_leaves_the_queue(self, engine):
         runs = Runs(engine, grace_s=0.2)
         engine.held.clear()
@@ -611,6 +629,8 @@ class TestRuns:
             with holder.reading():
                 assert engine.held.wait(WAIT_S)
                 waiting = runs.start(Message(role="assistant", content=""), lambda: hold("say: never"))
+                with waiting.reading():
+                    pass
                 assert waiting.done.result(WAIT_S).reason == "abandoned"
                 assert engine.status().n_queued == 0
                 engine.go.set()

@@ -48,7 +48,10 @@ class TestSettings:
         changed[2] = 0.5
         defaults = SamplingDefaults(temperature=0.2, top_p=0.9)
         assert offer_defaults(initial, defaults)[2:4] == [0.2, 0.9]
-        assert offer_defaults(changed, defaults)[2:4] == [0.5, 0.9]
+        assert offer_defaults(changed, defaults)[2:4] == [gr.skip(), 0.9]
+
+    def test_what_stays_is_not_sent_back_over_what_was_typed_meanwhile(self):
+        assert offer_defaults(settings(), SamplingDefaults(temperature=0.2))[0:2] == [gr.skip()] * 2
 
     def test_emptied_fields_and_values_in_range_are_fine(self):
         assert all(v["is_valid"] for v in validate(settings(temperature=None, top_k=None)))

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import TextIteratorStreamer
 
-from benchmarks.isolated import BROOK_SPINS, Isolated
-from benchmarks.peers import N_THREADS, llama_cpp, stock_model
+from benchmarks.isolated import BROOK_ENVIRONMENT, N_THREADS, Isolated
+from benchmarks.peers import llama_cpp, stock_model
 from benchmarks.report import in_turn, median_ratio, report
 from benchmarks.step_profile import profile_step
 from streaming import GenerationRequest, load_engine
@@ -51,7 +51,6 @@ class PerToken(TextIteratorStreamer):
 
 def brook(guesses: bool = True) -> Callable[[], float]:
     engine = load_engine()
-    torch.set_num_threads(N_THREADS)
     if not guesses:
         from streaming.models.llama_step import LlamaStep
 
@@ -105,8 +104,8 @@ def main() -> None:
         profile_step()
         return
     peers = {
-        "Brook": Isolated(brook, GOMP_SPINCOUNT=BROOK_SPINS),
-        "Brook, no guesses": Isolated(functools.partial(brook, False), GOMP_SPINCOUNT=BROOK_SPINS),
+        "Brook": Isolated(brook, **BROOK_ENVIRONMENT),
+        "Brook, no guesses": Isolated(functools.partial(brook, False), **BROOK_ENVIRONMENT),
         "stock bf16": Isolated(stock),
         "llama.cpp": Isolated(llama),
     }

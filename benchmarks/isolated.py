@@ -13,8 +13,14 @@ from typing import Any
 
 TIMEOUT_S = 600
 
-# What `import streaming` sets when it comes before torch, as in the app; these modules import torch first.
-BROOK_SPINS = "1000"
+N_THREADS = 2
+"""For every peer."""
+BROOK_ENVIRONMENT = {
+    # What `import streaming` sets when it comes before torch, as in the app; these modules import torch first.
+    "GOMP_SPINCOUNT": "1000",
+    # Brook measures at each start how many threads are best, and its model has a thread of its own.
+    "OMP_NUM_THREADS": str(N_THREADS),
+}
 
 
 class Isolated:

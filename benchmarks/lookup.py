@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks.decode import PerToken
-from benchmarks.isolated import BROOK_SPINS, Isolated
-from benchmarks.peers import N_THREADS, stock_model
+from benchmarks.isolated import BROOK_ENVIRONMENT, N_THREADS, Isolated
+from benchmarks.peers import stock_model
 from benchmarks.report import in_turn, median_ratio, report
 from streaming import GenerationRequest, load_engine
 from streaming.events import TokenEvent
@@ -42,7 +42,6 @@ def tasks() -> dict[str, tuple[str, float]]:
 
 def brook(guesses: bool) -> Callable[[str], float]:
     engine = load_engine()
-    torch.set_num_threads(N_THREADS)
     if not guesses:
         from streaming.models.llama_step import LlamaStep
 
@@ -102,8 +101,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     rounds = parser.parse_args().rounds
     peers = {
-        "without": Isolated(functools.partial(brook, False), GOMP_SPINCOUNT=BROOK_SPINS),
-        "with": Isolated(functools.partial(brook, True), GOMP_SPINCOUNT=BROOK_SPINS),
+        "without": Isolated(functools.partial(brook, False), **BROOK_ENVIRONMENT),
+        "with": Isolated(functools.partial(brook, True), **BROOK_ENVIRONMENT),
         "stock without": Isolated(functools.partial(stock, False)),
         "stock with": Isolated(functools.partial(stock, True)),
     }

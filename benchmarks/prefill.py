@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from benchmarks.isolated import BROOK_SPINS, Isolated
-from benchmarks.peers import N_THREADS, llama_cpp, stock_model
+from benchmarks.isolated import BROOK_ENVIRONMENT, N_THREADS, Isolated
+from benchmarks.peers import llama_cpp, stock_model
 from benchmarks.report import in_turn, median_ratio, report
 from streaming.engine.decode_loop import decode_loop
 from streaming.engine.generate import PREFILL_CHUNK_TOKENS
@@ -45,7 +45,6 @@ def generating_one(model: Any, ids: torch.Tensor, **options: Any) -> None:
 
 def brook() -> Callable[[], float]:
     model, ids = load_model().model, prompt_ids()
-    torch.set_num_threads(N_THREADS)
 
     def read() -> None:
         cache = DynamicCache(config=model.config)
@@ -76,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
     peers = {
-        "Brook": Isolated(brook, GOMP_SPINCOUNT=BROOK_SPINS),
+        "Brook": Isolated(brook, **BROOK_ENVIRONMENT),
         "stock bf16": Isolated(stock),
         "llama.cpp": Isolated(llama),
     }

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers import TextIteratorStreamer
 
-from benchmarks.isolated import BROOK_SPINS, Isolated
-from benchmarks.peers import N_THREADS, llama_cpp, stock_model
+from benchmarks.isolated import BROOK_ENVIRONMENT, N_THREADS, Isolated
+from benchmarks.peers import llama_cpp, stock_model
 from benchmarks.report import in_turn, report
 from streaming import GenerationRequest, load_engine
 from streaming.events import TokenEvent
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     peers = {
-        "Brook": Isolated(brook, GOMP_SPINCOUNT=BROOK_SPINS),
+        "Brook": Isolated(brook, **BROOK_ENVIRONMENT),
         "stock": Isolated(stock),
         "llama.cpp": Isolated(llama),
     }

@@ -32,8 +32,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from benchmarks.decode import PerToken
-from benchmarks.isolated import BROOK_SPINS, Isolated
-from benchmarks.peers import N_THREADS
+from benchmarks.isolated import BROOK_ENVIRONMENT, N_THREADS, Isolated
 from benchmarks.report import in_turn, median_ratio, report
 from streaming import GenerationRequest
 from streaming.engine.load import load_engine
@@ -45,8 +44,6 @@ MOST_THREADS = 8
 N_TOKENS = 64
 ROUNDS = 3
 ENGINES = ("local", "batched")
-# Brook chooses its number of threads at each start by what it measures: beside other work, one process may get one.
-BROOK_ENVIRONMENT = {"GOMP_SPINCOUNT": BROOK_SPINS, "OMP_NUM_THREADS": str(N_THREADS)}
 ALONE_AND_MANY = (1, 8)
 COLUMNS = ("tokens/s, all together", "mean first token, s", "worst first token, s", "longest pause, s")
 TIMEOUT_S = 300

@@ -60,12 +60,7 @@ def test_every_packed_weight_has_the_values_of_the_file(packed, exact):
 def test_reading_and_decoding_predict_what_the_dequantized_model_predicts(packed, exact, kind):
     ids = texts(packed.tokenizer)[kind]
     assert ids.shape[1] >= 1500
-    readers = (
-        (in_chunks(packed.model), ids.shape[1]),
-        (by_step(packed.model, CHUNK), 600),
-        (by_step(packed.model, 1), 300),
-    )
-    for read, n_tokens in readers:
+    for read, n_tokens in ((by_step(packed.model, CHUNK), ids.shape[1]), (by_step(packed.model, 1), 300)):
         kl, agreement, perplexity = compare(read, in_chunks(exact.model), ids[:, :n_tokens])
         assert kl <= 1e-5
         assert agreement >= 99.5

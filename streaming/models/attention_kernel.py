@@ -7,13 +7,15 @@ look at it: the heads of a group (grouped-query attention) times the rows that f
 import numpy as np
 
 from streaming.models import simd
-from streaming.models.kernels import TILE_BYTES, apart, inline
+from streaming.models.compiling import apart, inline
+from streaming.models.tile_products import TILE_BYTES
+from streaming.models.vector_ir import LANES
 
 COLUMNS = 64
 """The columns of a head that are taken at once."""
 ROWS_AT_ONCE = 8
 """How many rows share a tile: more need more room for scores than a core's own cache has."""
-TILE_BYTES_ROOM = simd.LANES * COLUMNS * 4
+TILE_BYTES_ROOM = LANES * COLUMNS * 4
 """The room that `attend` needs for a tile."""
 
 _FLOAT, _HALF = 4, 2
@@ -35,9 +37,9 @@ def _unpack(cached, count, head_dim, tile):
 def _score(queries, row_bytes, n_rows, n_heads, length, keys, head_dim, scores, score_bytes, tile):
     """Write keys @ query of every query over `length` positions; what fills the last vector is left undefined."""
     for column in range(0, head_dim, COLUMNS):
-        for start in range(0, length, simd.LANES):
+        for start in range(0, length, LANES):
             cached = keys + (start * head_dim + column) * _HALF
-            _unpack(cached, min(simd.LANES, length - start), head_dim, tile)
+            _unpack(cached, min(LANES, length - start), head_dim, tile)
             at = scores + start * _FLOAT
             for row in range(n_rows):
                 query = queries + row * row_bytes + column * _FLOAT
@@ -90,8 +92,8 @@ def _add_values(tile, weights, count, out, is_first):
 def _sum_values(out, row_bytes, n_rows, n_heads, length, values, head_dim, weights, weight_bytes, tile):
     """Write weights @ values of every query."""
     for column in range(0, head_dim, COLUMNS):
-        for start in range(0, length, simd.LANES):
-            count = min(simd.LANES, length - start)
+        for start in range(0, length, LANES):
+            count = min(LANES, length - start)
             _unpack(values + (start * head_dim + column) * _HALF, count, head_dim, tile)
             at = weights + start * _FLOAT
             for row in range(n_rows):
@@ -111,7 +113,7 @@ def attend(queries, out, row_bytes, n_rows, n_heads, position, keys, values, hea
     for TILE_BYTES_ROOM.
     """
     length = position + n_rows
-    room = -(-length // simd.LANES) * simd.LANES
+    room = -(-length // LANES) * LANES
     _score(queries, row_bytes, n_rows, n_heads, length, keys, head_dim, scores, score_bytes, tile)
     for number in range(n_rows * n_heads):
         _softmax(scores + number * score_bytes, position + number // n_heads + 1, room)

@@ -17,10 +17,10 @@ from transformers import (
 
 from streaming.models import attention_kernel, parallel
 from streaming.models.int4 import PackedLinear
-from streaming.models.kernels import ROUNDED_BYTES, by_fours
 from streaming.models.kv_cache import BLOCK_TOKENS, GrowingLayer, make_growing
 from streaming.models.packing import GROUP_COLUMNS, TILE_ROWS
 from streaming.models.step_kernel import CHUNK, LAYER, PHASES_A_LAYER, ROW, SETTINGS, decode_step
+from streaming.models.tile_products import ROUNDED_BYTES, by_fours
 
 _KNOWN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 

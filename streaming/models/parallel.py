@@ -27,7 +27,7 @@ import torch
 from llvmlite import binding
 from numba import njit, types
 
-from streaming.models import simd
+from streaming.models import atomics
 
 thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
 _system_call = types.ExternalFunction("syscall", types.int64(*[types.int64] * 5))
@@ -142,8 +142,8 @@ def take_unit(phase, n_units, thread, n_threads):
         start = first(n_units, owner, n_threads)
         share = first(n_units, owner + 1, n_threads) - start
         taken = phase + _TAKEN + 4 * owner
-        if simd.atomic_load(taken) < share:
-            unit = simd.atomic_add(taken, 1)
+        if atomics.load(taken) < share:
+            unit = atomics.add(taken, 1)
             if unit < share:
                 return start + unit
     return -1
@@ -152,8 +152,8 @@ def take_unit(phase, n_units, thread, n_threads):
 @njit(inline="always")
 def finish_unit(phase, n_units):
     """Say that a taken unit is done; the last one wakes whoever sleeps."""
-    done = simd.atomic_add(phase, 1) + 1
-    if done == n_units and simd.atomic_load(phase + _SLEEPERS) != 0:
+    done = atomics.add(phase, 1) + 1
+    if done == n_units and atomics.load(phase + _SLEEPERS) != 0:
         _system_call(_FUTEX, phase, _WAKE_PRIVATE, _EVERY_WAITER, 0)
 
 
@@ -161,12 +161,12 @@ def finish_unit(phase, n_units):
 def wait_for_phase(phase, n_units):
     """Return when every unit of a phase is done; what they wrote is then visible."""
     spins = 0
-    done = simd.atomic_load(phase)
+    done = atomics.load(phase)
     while done != n_units:
         spins += 1
         if spins > _SPINS:
-            simd.atomic_add(phase + _SLEEPERS, 1)
-            done = simd.atomic_load(phase)
+            atomics.add(phase + _SLEEPERS, 1)
+            done = atomics.load(phase)
             if done != n_units:
                 _system_call(_FUTEX, phase, _WAIT_PRIVATE, done, 0)
-        done = simd.atomic_load(phase)
+        done = atomics.load(phase)

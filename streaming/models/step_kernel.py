@@ -16,17 +16,11 @@ from numba import carray
 
 from streaming.models import simd
 from streaming.models.attention_kernel import TILE_BYTES_ROOM, attend
-from streaming.models.kernels import (
-    ROUNDED_BYTES,
-    TILE_BYTES,
-    inline,
-    int_record,
-    kernel,
-    round_activations,
-    tile_dots,
-)
+from streaming.models.compiling import inline, int_record, kernel
 from streaming.models.packing import GROUP_COLUMNS, TILE_ROWS
 from streaming.models.parallel import finish_unit, take_unit, thread_number, wait_for_phase
+from streaming.models.tile_products import ROUNDED_BYTES, TILE_BYTES, round_activations, tile_dots
+from streaming.models.vector_ir import LANES
 
 # Names of matrices are addresses of packed weights, each with its block size in bytes (`_b`); names of vectors are
 # addresses of float32 values, 0 where the model has none.
@@ -94,7 +88,7 @@ def _rotate(head, cos, sin, head_dim):
 @inline
 def _keep(x, cached, head_dim):
     """Write the float32 vector at `x` to its float16 place in the cache."""
-    for column in range(0, head_dim, simd.LANES):
+    for column in range(0, head_dim, LANES):
         simd.store_halves(cached + column * _HALF, simd.load(x + column * _FLOAT))
 
 

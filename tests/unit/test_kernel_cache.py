@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numba.core.caching import IndexDataCacheFile
 
-from streaming.models import kernels, step_kernel
-from streaming.models.kernel_cache import compile_kernel
+from streaming.models import compiling, kernels, step_kernel
+from streaming.models.compiling import compile_kernel
 
 CALLED = """
 from numba import njit
@@ -84,10 +84,10 @@ def test_a_folder_that_cannot_be_written_is_done_without(number_of, tmp_path, mo
 @pytest.mark.parametrize("module", [kernels, step_kernel])
 def test_all_that_goes_into_a_kernel_counts_as_its_sources(module):
     """Else an update of what is missing would go unnoticed."""
-    counted = {*kernels.SOURCES, Path(module.__file__)}
+    counted = {*compiling.SOURCES, Path(module.__file__)}
     for source in counted:
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("streaming.models"):
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
                 files = {Path(kernels.__file__).with_name(f"{name.rpartition('.')[2]}.py") for name in names}
-                assert {path for path in files if path.exists()} <= counted | {source.with_name("kernel_cache.py")}
+                assert {path for path in files if path.exists()} <= counted | {source.with_name("compiling.py")}

@@ -1,5 +1,6 @@
 """The compiled decoding step, prepared for one model: which models it fits, and what it needs to know of them."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,11 @@ class OpenCache:
 
 
 class LlamaStep:
-    """The decoding step of one model. Not thread-safe."""
+    """The decoding step of one model.
+
+    Any thread may read with it, one at a time: the buffers between its phases belong to the model, and two readers at
+    once would write past each other's. A cache belongs to one reader.
+    """
 
     guess_sizes = (0, 3, 7)
     """How many guessed tokens to read with a newest one: the kernel unpacks weights once for four."""
@@ -105,6 +110,7 @@ class LlamaStep:
             head_tiles=self._head.weight.shape[0],
         )
         self._room_for = (0, 0, 0)  # rows, positions, threads
+        self._reading = threading.Lock()
 
     def open(self, cache: DynamicCache) -> OpenCache:
         """Make a cache of one sequence ready, empty or not; its layers become GrowingLayers of float16.
@@ -134,6 +140,10 @@ class LlamaStep:
         `wanted` are the rows, numbered through all pieces, after which the logits are returned: float32
         `(len(wanted), vocab)`.
         """
+        with self._reading:
+            return self._read(pieces, wanted)
+
+    def _read(self, pieces: Sequence[tuple[OpenCache, Sequence[int]]], wanted: Sequence[int]) -> torch.Tensor:
         token_ids = [token_id for _, ids in pieces for token_id in ids]
         places = [(cache, cache.length, *cache.make_room(len(ids)), len(ids)) for cache, ids in pieces]
         self._make_room(len(token_ids), max(capacity for _, _, capacity, _, _ in places), parallel.team_size())

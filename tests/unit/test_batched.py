@@ -88,25 +88,24 @@ def test_everyone_gets_what_they_get_alone_and_the_streams_run_at_once(engine):
 def test_whoever_joins_goes_on_from_what_every_chat_begins_with(kind):
     model = {"compiled": packed, "in turn": eager_llama, "managed": tiny_llama}[kind]()
     tokenizer = byte_tokenizer(SYSTEM_TEMPLATE)
-    engines = [
-        BatchedEngine(lambda progress: loaded(model, tokenizer, n_context=512), **options)
-        for options in ({}, {"max_cache_bytes": 0})
+    requests = [
+        GenerationRequest(
+            messages=[{"role": "user", "content": f"person {number}"}],
+            max_new_tokens=24,
+            temperature=0,
+            owner=str(number),
+        )
+        for number in range(6)
     ]
-    try:
-        requests = [
-            GenerationRequest(
-                messages=[{"role": "user", "content": f"person {number}"}],
-                max_new_tokens=24,
-                temperature=0,
-                owner=str(number),
-            )
-            for number in range(6)
-        ]
-        assert [engine.wait_ready(WAIT_S) for engine in engines] == [True, True]
-        shared, alone = (together(engine, requests) for engine in engines)
-    finally:
-        for engine in engines:
+    served = []
+    for options in ({}, {"max_cache_bytes": 0}):  # one after the other: an engine owns its model
+        engine = BatchedEngine(lambda progress: loaded(model, tokenizer, n_context=512), **options)
+        try:
+            assert engine.wait_ready(WAIT_S)
+            served.append(together(engine, requests))
+        finally:
             engine.close()
+    shared, alone = served
     assert [run.result(0).token_ids for run in shared] == [run.result(0).token_ids for run in alone]
     n_opening = len(tokenizer(SYSTEM + "<|im_start|>user\n")["input_ids"])
     n_reused = [run.finish.n_reused_tokens for run in shared]

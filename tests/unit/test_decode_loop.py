@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -291,3 +292,18 @@ def test_rows_of_several_sequences_and_of_one_are_computed_as_if_alone(name, n_t
         *zip(after_more, [logits[-1] for logits in stock], strict=True),
     ):
         assert (logits - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+def test_two_threads_that_read_with_one_model_get_what_each_gets_alone():
+    """Its buffers are the model's: two readers at once wrote past each other's, into whatever lay behind."""
+    model = pack_model(random_model(WITH_STEP["llama"]))
+    step = step_of(model)
+
+    def read(lengths):
+        return [step.read_on(DynamicCache(config=model.config), range(length)) for length in lengths]
+
+    growing, shrinking = range(1, 200), range(199, 0, -1)
+    with ThreadPoolExecutor(2, thread_name_prefix="brook-test-reader") as readers:
+        together = [*readers.map(read, [growing, shrinking], timeout=60)]
+    for lengths, logits in zip((growing, shrinking), together, strict=True):
+        assert all(map(torch.equal, logits, read(lengths)))

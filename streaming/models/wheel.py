@@ -18,8 +18,8 @@ from tqdm import tqdm
 from streaming.models.progress import LoadProgress, ProgressCallback
 
 _MAX_ATTEMPTS = 3
-_POLL_S = 0.1
-_MAX_SILENCE_S = 1.0
+_POLL_S = 0.05
+_MAX_SILENCE_S = 0.8
 _MAX_CONNECTED_SILENCE_S = 10.0
 
 
@@ -107,7 +107,7 @@ class _NetworkSilence:
         self._was_connected = False
 
     def lasts_too_long(self, pid: int) -> bool:
-        """Return whether the process has idled for a second without a connection, or for ten with one."""
+        """Return whether the process has idled for 0.8 s without a connection, or for ten with one."""
         try:
             process = psutil.Process(pid)
             cpu_s = sum(process.cpu_times()[:2])

@@ -112,12 +112,19 @@ def _choose(scores: torch.Tensor, do_sample: bool | None) -> torch.Tensor:
 
 
 def _is_plain(input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:
-    """Whether this is one unpadded sequence with the usual cache, of which only the tokens are wanted."""
+    """Whether this is one whole, unpadded sequence with the usual cache, of which only the tokens are wanted.
+
+    A sequence may be given without what its cache holds; the mask then tells how long it is, and where it was all ones
+    generate() keeps its length in the configuration (transformers 5.23, `GenerationMixin._prefill`).
+    """
+    n_ids = input_ids.shape[1]
     return (
         len(input_ids) == 1
+        and getattr(config, "_mask_length", n_ids) == n_ids
         and model_kwargs.get("attention_mask") is None
         and model_kwargs.get("inputs_embeds") is None
         and bool(model_kwargs.get("use_cache"))
         and is_continuable(model_kwargs.get("past_key_values"))
+        and model_kwargs["past_key_values"].get_seq_length() < n_ids
         and not any(getattr(config, name) for name in _RECORDS)
     )

@@ -5,12 +5,13 @@ used for another; what belongs to NOBODY, because nobody has written a word of i
 thread-safe: the worker that owns the model owns its prefixes too.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import Cache
+
+from streaming.models.kv_cache import copy_beginning
 
 NOBODY = None
 """The owner of what every chat begins with."""
@@ -50,22 +51,21 @@ class PrefixCache:
         if n_best <= 0:
             return None
         self._entries.remove(best)
-        n_beyond = len(best.ids) - n_best
-        cache = best.cache
-        if n_beyond or best.owner is NOBODY:
-            self._entries.append(best)
-            cache = copy.deepcopy(cache)
-        cache.crop(-n_beyond)
-        return cache
+        if n_best == len(best.ids) and best.owner is not NOBODY:
+            return best.cache
+        self._entries.append(best)
+        return copy_beginning(best.cache, n_best)
 
     def keep(self, owner: str | None, ids: Sequence[int], cache: Cache) -> None:
         """Store what a request leaves: `cache` holds the first `cache.get_seq_length()` of `ids`.
 
         Caches that cannot be cut back exactly (sliding windows, linear attention) are not kept.
         """
+        if not can_be_cut(cache):
+            return
         kept_ids = tuple(ids[: cache.get_seq_length()])
         n_bytes = _n_bytes(cache)
-        if not kept_ids or n_bytes > self._max_bytes or not can_be_cut(cache):
+        if not kept_ids or n_bytes > self._max_bytes:
             return
         self._entries = [
             entry for entry in self._entries if entry.owner != owner or entry.ids != kept_ids[: len(entry.ids)]
@@ -73,6 +73,10 @@ class PrefixCache:
         self._entries.append(_Entry(owner, kept_ids, cache, n_bytes))
         while self.n_bytes > self._max_bytes:
             del self._entries[0]
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._entries = []
 
 
 def can_be_cut(cache: Cache) -> bool:

@@ -96,13 +96,14 @@ class GraphStep:
 
     def _take(self, layers: list[Any], length: int) -> None:
         """Fill the static cache from `layers`; a larger one, with a graph of its own, where they do not fit."""
-        self._length = length
         if self._cache is None or length >= self._capacity:
-            self._capacity = max(LEAST_CAPACITY, 2 * self._capacity, 2 ** (length + 1).bit_length())
-            self._cache = StaticCache(self._model.config, max_cache_len=self._capacity)
-            self._replay = None
-            for static, layer in zip(self._cache.layers, layers, strict=True):
+            capacity = max(LEAST_CAPACITY, 2 * self._capacity, 2 ** (length + 1).bit_length())
+            cache: Any = StaticCache(self._model.config, max_cache_len=capacity)
+            for static, layer in zip(cache.layers, layers, strict=True):
                 static.lazy_initialization(layer.keys, layer.values)
+            # Memory may have run out before this: then all is as it was.
+            self._cache, self._capacity, self._replay = cache, capacity, None
+        self._length = length
         for static, layer in zip(self._cache.layers, layers, strict=True):
             static.keys[:, :, :length] = layer.keys[:, :, :length]
             static.values[:, :, :length] = layer.values[:, :, :length]

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 BLOCK_TOKENS = 256
 
@@ -45,12 +45,13 @@ class GrowingLayer(DynamicLayer):
         """How many positions fit without growing."""
         return 0 if self.key_room is None else self.key_room.shape[-2]
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> "GrowingLayer":
-        """Copy what is read, with room for more, and not all the room that there is."""
+    def copy_beginning(self, length: int) -> "GrowingLayer":
+        """Copy the first `length` positions, with room for more, and not all the room that there is."""
         twin = copy.copy(self)
         if self.is_initialized:
+            twin.length = length
             twin.key_room, twin.value_room = (
-                _grown(room, self.length, _round_up(self.length + 1)) for room in (self.key_room, self.value_room)
+                _grown(room, length, _round_up(length + 1)) for room in (self.key_room, self.value_room)
             )
         return twin
 
@@ -91,12 +92,33 @@ class GrowingLayer(DynamicLayer):
 
 
 def is_continuable(cache: Any) -> bool:
-    """Whether `make_growing` can take this cache: a DynamicCache, not offloaded, of plain attention."""
+    """Whether `make_growing` can take this cache: a DynamicCache with layers, not offloaded, of plain attention."""
     return (
         isinstance(cache, DynamicCache)
+        and bool(cache.layers)  # one made without a model's config gets them as the model calls
         and not cache.offloading
         and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
     )
+
+
+def copy_beginning(cache: Cache, length: int) -> Cache:
+    """Copy the first `length` positions of a cache that can be cut, and where it is continuable nothing else."""
+    if not is_continuable(cache):
+        twin = copy.deepcopy(cache)
+        twin.crop(length - cache.get_seq_length())
+        return twin
+    twin = copy.copy(cache)
+    twin.layers = [_copy_layer(layer, length) for layer in cache.layers]
+    return twin
+
+
+def _copy_layer(layer: Any, length: int) -> Any:
+    if isinstance(layer, GrowingLayer):
+        return layer.copy_beginning(length)
+    twin = copy.copy(layer)
+    if layer.is_initialized:
+        twin.keys, twin.values = (states[..., :length, :].clone() for states in (layer.keys, layer.values))
+    return twin
 
 
 def make_growing(cache: DynamicCache, room_dtype: torch.dtype) -> list[GrowingLayer]:

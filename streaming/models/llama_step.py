@@ -109,6 +109,8 @@ class LlamaStep:
             head_b=self._head.weight.shape[-1],
             head_tiles=self._head.weight.shape[0],
         )
+        # The kernel knows weights by their addresses: what lies there stays, whatever the model's parameters become.
+        self._weights = [parameter.detach() for parameter in model.parameters()]
         self._room_for = (0, 0, 0)  # rows, positions, threads
         self._reading = threading.Lock()
 
@@ -120,7 +122,7 @@ class LlamaStep:
         layers = make_growing(cache, torch.float16)
         for layer in layers:
             if not layer.is_initialized:
-                nothing = torch.empty(1, self._kv_heads, 0, self._head_dim)
+                nothing = _floats(1, self._kv_heads, 0, self._head_dim)
                 layer.lazy_initialization(nothing, nothing)
         return OpenCache(layers)
 
@@ -158,7 +160,7 @@ class LlamaStep:
         chunks = _chunks(len(ids) for _, ids in pieces)
         self._x[: len(token_ids)] = self._embed(torch.tensor(token_ids))
         numbers = np.array(wanted, np.int64)
-        logits = torch.empty(by_fours(len(wanted)), self._head.weight.shape[0] * TILE_ROWS)
+        logits = _floats(by_fours(len(wanted)), self._head.weight.shape[0] * TILE_ROWS)
         self._set(n_rows=len(token_ids), n_wanted=len(wanted), wanted=numbers.ctypes.data, logits=logits.data_ptr())
         self._set(n_chunks=len(chunks), chunks=chunks.ctypes.data)
         self._phases.zero_()
@@ -172,19 +174,19 @@ class LlamaStep:
         if n_rows <= rows and n_positions <= positions and n_threads == threads:
             return
         rows, positions = by_fours(max(rows, n_rows)), max(positions, n_positions)
-        self._room_for = (rows, positions, n_threads)
-        cos, sin = self._rotary(torch.empty(1), torch.arange(positions)[None])
+        self._room_for = (0, 0, 0)  # until all of it is there: memory may run out half-way
+        cos, sin = self._rotary(_floats(1), torch.arange(positions)[None])
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self._rows = np.zeros(rows, ROW)
         attended = self._heads * self._head_dim
-        self._x, self._gated = torch.empty(rows, self._hidden), torch.empty(rows, self._intermediate)
-        self._queries, self._attended = torch.empty(rows, attended), torch.empty(rows, attended)
+        self._x, self._gated = _floats(rows, self._hidden), _floats(rows, self._intermediate)
+        self._queries, self._attended = _floats(rows, attended), _floats(rows, attended)
         widest = max(self._intermediate, attended, self._hidden)
         rounded_bytes = rows * widest // GROUP_COLUMNS * ROUNDED_BYTES + self._hidden * 4
         self._rounded = torch.empty(n_threads, rounded_bytes, dtype=torch.uint8)
-        self._room = torch.empty(n_threads, rows * self._head_dim)
+        self._room = _floats(n_threads, rows * self._head_dim)
         n_queries = min(rows, attention_kernel.ROWS_AT_ONCE) * (self._heads // self._kv_heads)
-        self._scores = torch.empty(n_threads, n_queries, positions + BLOCK_TOKENS)
+        self._scores = _floats(n_threads, n_queries, positions + BLOCK_TOKENS)
         self._tiles = torch.empty(n_threads, attention_kernel.TILE_BYTES_ROOM, dtype=torch.uint8)
         phase_bytes, n_phases = parallel.phase_bytes(n_threads), PHASES_A_LAYER * len(self._layers) + 1
         self._phases = torch.empty(n_phases * phase_bytes, dtype=torch.uint8)
@@ -206,10 +208,16 @@ class LlamaStep:
             score_bytes=self._scores.stride(1) * 4,
             tiles=self._tiles.data_ptr(),
         )
+        self._room_for = (rows, positions, n_threads)
 
     def _set(self, **fields: int) -> None:
         for name, value in fields.items():
             self._step[name] = value
+
+
+def _floats(*shape: int) -> torch.Tensor:
+    # Not torch's default dtype: whoever loads a model in another thread changes it for the whole process meanwhile.
+    return torch.empty(*shape, dtype=torch.float32)
 
 
 def _chunks(lengths: Iterable[int]) -> Any:

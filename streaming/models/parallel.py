@@ -30,6 +30,7 @@ from numba import njit, types
 from streaming.models import atomics
 
 thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
 _system_call = types.ExternalFunction("syscall", types.int64(*[types.int64] * 5))
 
 _TUNING_S = 0.1
@@ -54,9 +55,13 @@ def _find_gomp() -> ctypes.CDLL | None:
 
 
 _gomp = _find_gomp()
-_alone = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
-for _symbol in ("omp_get_thread_num",):
-    binding.add_symbol(_symbol, ctypes.cast(getattr(_gomp, _symbol, _alone), ctypes.c_void_p).value)
+# What a thread without a team finds: it is number 0 of 1.
+_alone = {
+    symbol: ctypes.CFUNCTYPE(ctypes.c_int)(lambda value=value: value)
+    for symbol, value in (("omp_get_thread_num", 0), ("omp_get_num_threads", 1))
+}
+for _symbol, _answer in _alone.items():
+    binding.add_symbol(_symbol, ctypes.cast(getattr(_gomp, _symbol, _answer), ctypes.c_void_p).value)
 
 _Run = Callable[[int, int, int], Any]
 
@@ -70,9 +75,10 @@ def _gomp_parallel() -> _Run:
 
 
 def run(kernel: Any, plan: int, n_threads: int) -> None:
-    """Call `kernel`, a Numba cfunc of one pointer, with the address `plan` on `n_threads` threads; wait for all.
+    """Call `kernel`, a Numba cfunc of one pointer, with the address `plan` on up to `n_threads` threads; wait for all.
 
-    The kernel must be told the same `n_threads` through its plan. The caller's GIL is released meanwhile.
+    OpenMP may give fewer threads (OMP_DYNAMIC, OMP_THREAD_LIMIT): the kernel asks `thread_count`, or has whoever is
+    there take all the units. The caller's GIL is released meanwhile.
     """
     if n_threads == 1:
         kernel.ctypes(plan)

@@ -1,6 +1,5 @@
 """The lean loop says what generate() says with the same model, and keeps its protocol."""
 
-import copy
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,9 +11,10 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 from transformers.cache_utils import DynamicLayer
 
 from streaming.engine.decode_loop import decode_loop
+from streaming.models import llama_step
 from streaming.models.int4 import pack_model
-from streaming.models.kv_cache import BLOCK_TOKENS, GrowingLayer, is_continuable
-from streaming.models.llama_step import step_of
+from streaming.models.kv_cache import BLOCK_TOKENS, GrowingLayer, copy_beginning, is_continuable
+from streaming.models.llama_step import LlamaStep, step_of
 from tests.packed import WITH_STEP, WITHOUT_STEP, random_model
 
 PROMPT = torch.tensor([[257, 5, 80, 13, 200, 7]])
@@ -213,7 +213,7 @@ def test_two_caches_in_turn_do_not_mix():
         for ids, cache in zip((PROMPT, other), caches, strict=True)
     ]
     for first, cache, whole in zip(firsts, caches, expected, strict=True):
-        branch = copy.deepcopy(cache)
+        branch = copy_beginning(cache, cache.get_seq_length())
         for kept in (cache, branch):
             assert torch.equal(generate(model, first, past_key_values=kept, max_new_tokens=30)[0], whole)
 
@@ -241,7 +241,7 @@ def test_a_growing_layer_is_a_dynamic_layer(steps):
             plain.crop(-n)
             growing.crop(-n)
             halves.crop(-n)
-            growing = copy.deepcopy(growing)
+            growing = growing.copy_beginning(growing.length)
         assert growing.get_seq_length() == plain.get_seq_length()
         assert growing.get_mask_sizes(3) == plain.get_mask_sizes(3)
         if plain.is_initialized:
@@ -256,14 +256,14 @@ def test_a_growing_layer_is_a_dynamic_layer(steps):
 def test_a_copy_of_a_growing_layer_goes_on_by_itself_and_takes_no_more_room_than_it_needs():
     layer = GrowingLayer()
     layer.update(*torch.randn(2, 1, 2, 3 * BLOCK_TOKENS, 4))
-    layer.crop(5 - 3 * BLOCK_TOKENS)
     before = layer.keys.clone()
-    twin = copy.deepcopy(layer)
+    twin = layer.copy_beginning(5)
+    assert torch.equal(twin.keys, before[:, :, :5])
     twin.update(*torch.randn(2, 1, 2, 1, 4))
-    assert (layer.get_seq_length(), twin.get_seq_length(), twin.capacity) == (5, 6, BLOCK_TOKENS)
+    assert (layer.get_seq_length(), twin.get_seq_length(), twin.capacity) == (3 * BLOCK_TOKENS, 6, BLOCK_TOKENS)
     twin.keys[:] = 0
     assert torch.equal(layer.keys, before)
-    assert copy.deepcopy(GrowingLayer()).get_seq_length() == 0
+    assert GrowingLayer().copy_beginning(0).get_seq_length() == 0
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
@@ -307,3 +307,84 @@ def test_two_threads_that_read_with_one_model_get_what_each_gets_alone():
         together = [*readers.map(read, [growing, shrinking], timeout=60)]
     for lengths, logits in zip((growing, shrinking), together, strict=True):
         assert all(map(torch.equal, logits, read(lengths)))
+
+
+@pytest.mark.parametrize("n_cached", [2, 4])
+@pytest.mark.parametrize("config", [None, WITH_STEP["llama"]], ids=["no layers yet", "layers"])
+def test_a_cache_and_only_what_comes_after_it_says_what_the_whole_sequence_says(n_cached, config):
+    """transformers' other way to go on from a cache: the new ids with a mask of the whole length."""
+    model = packed("llama")
+    said = []
+    for lean in (True, False):
+        cache = DynamicCache(config=config)
+        with torch.no_grad():
+            model(PROMPT[:, :n_cached], past_key_values=cache, use_cache=True)
+        new_ids = PROMPT[:, n_cached:]
+        custom = {"custom_generate": decode_loop} if lean else {}
+        options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, **custom}
+        said.append(model.generate(new_ids, attention_mask=torch.ones_like(PROMPT), past_key_values=cache, **options))
+    assert torch.equal(*said)
+    whole, _ = generate(model, lean=False, max_new_tokens=20)
+    assert torch.equal(said[0], whole[:, n_cached:])
+
+
+def test_a_cache_without_layers_goes_to_generate():
+    model = packed("llama")
+    cache = DynamicCache()
+    assert torch.equal(generate(model, past_key_values=cache)[0], generate(model)[0])
+
+
+def test_what_others_set_for_the_whole_process_changes_nothing():
+    """transformers sets torch's default dtype while it makes a model, whoever is decoding in another thread."""
+    ids, expected = generate(packed("llama"))
+    model = pack_model(random_model(WITH_STEP["llama"]))
+    step = step_of(model)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rows = model.model.embed_tokens(ids)
+        logits = step.read_on(DynamicCache(config=model.config), ids[0].tolist())
+        product = model.model.layers[0].mlp.up_proj(rows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rows.dtype == product.dtype == logits.dtype == torch.float32
+    assert torch.equal(product, model.model.layers[0].mlp.up_proj(rows))
+    assert torch.equal(logits, step.read_on(DynamicCache(config=model.config), ids[0].tolist()))
+    assert torch.equal(generate(model)[1], expected)
+
+
+def test_memory_that_runs_out_while_a_step_makes_room_costs_that_step_alone(monkeypatch):
+    model = pack_model(random_model(WITH_STEP["llama"]))
+    step = step_of(model)
+    few, many = [7, 8], list(range(100))
+    expected = [step.read_on(DynamicCache(config=model.config), ids) for ids in (few, many)]
+    step = LlamaStep(model)
+    step.read_on(DynamicCache(config=model.config), few)
+    floats, n_made = llama_step._floats, 0
+
+    def fail_at_the_fourth(*shape):
+        nonlocal n_made
+        n_made += 1
+        if n_made == 4:
+            raise MemoryError
+        return floats(*shape)
+
+    cache = DynamicCache(config=model.config)
+    opened = step.open(cache)
+    monkeypatch.setattr(llama_step, "_floats", fail_at_the_fourth)
+    with pytest.raises(MemoryError):
+        step.read([(opened, many)], [99])
+    monkeypatch.undo()
+    assert opened.length == 0
+    assert torch.equal(step.read_on(DynamicCache(config=model.config), few), expected[0])
+    assert torch.equal(step.read([(opened, many)], [99]), expected[1])
+
+
+def test_a_step_reads_the_weights_that_it_was_made_for_whatever_becomes_of_the_model():
+    model = pack_model(random_model(WITH_STEP["qwen 3 (norms of heads)"]))
+    step = step_of(model)
+    expected = step.read_on(DynamicCache(config=model.config), [5, 6, 7])
+    places = {parameter.data_ptr() for parameter in model.parameters()}
+    model.bfloat16()
+    new = [torch.full((1 << 12,), torch.nan) for _ in range(100)]  # takes whatever place was let go of
+    assert places.isdisjoint(tensor.data_ptr() for tensor in new)
+    assert torch.equal(step.read_on(DynamicCache(config=model.config), [5, 6, 7]), expected)

@@ -77,3 +77,29 @@ def test_one_step_serves_one_conversation_after_another():
 
 def test_models_on_a_cpu_have_no_graph():
     assert graph_step_of(random_model(WITH_STEP["llama"])) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_that_fit", [0, 1], ids=["at first", "while it grows"])
+def test_memory_that_runs_out_is_told_and_the_next_reply_is_right(monkeypatch, n_that_fit):
+    monkeypatch.setattr(graph_step, "LEAST_CAPACITY", N_PROMPT + 2)
+    model = random_model(WITH_STEP["llama"])
+    step, make_cache, made = GraphStep(model, uncaptured), graph_step.StaticCache, []
+
+    def make_while_there_is_room(*arguments, **options):
+        made.append(1)
+        if len(made) > n_that_fit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return make_cache(*arguments, **options)
+
+    def reply():
+        cache = DynamicCache(config=model.config)
+        model(IDS[:, :N_PROMPT], past_key_values=cache)
+        with step.continuing(cache) as read:
+            return torch.cat([read(token_id).clone() for token_id in IDS[0, N_PROMPT:].tolist()])
+
+    monkeypatch.setattr(graph_step, "StaticCache", make_while_there_is_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        reply()
+    monkeypatch.setattr(graph_step, "StaticCache", make_cache)
+    assert torch.allclose(reply(), model(IDS).logits[0, N_PROMPT:], atol=1e-4)

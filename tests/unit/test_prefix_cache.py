@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, Gemma2Config
+from transformers import DynamicCache, Gemma2Config, Lfm2Config
 
 from streaming.engine.prefix_cache import NOBODY, PrefixCache, can_be_cut
+from streaming.models.kv_cache import BLOCK_TOKENS, GrowingLayer
 from tests.tiny import tiny_llama
 
 PLENTY = 10**9
@@ -103,10 +104,35 @@ def test_a_longer_prefix_replaces_its_beginning():
     assert prefixes.n_bytes == 4 * 4 * 2
 
 
+def sliding_config():
+    return Gemma2Config(sliding_window=4)
+
+
+def hybrid_config():
+    return Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"])
+
+
 def test_caches_that_cannot_be_cut_are_recognised():
-    sliding = DynamicCache(config=Gemma2Config(sliding_window=4))
+    sliding = DynamicCache(config=sliding_config())
     assert can_be_cut(DynamicCache(config=tiny_llama().config))
     assert not can_be_cut(sliding)
+    prefixes = PrefixCache(PLENTY)
+    for config in (sliding_config(), hybrid_config()):
+        prefixes.keep("me", [1, 2, 3], DynamicCache(config=config))
+    assert prefixes.n_bytes == 0
+
+
+def test_a_branch_takes_the_memory_of_what_it_shares_alone():
+    layer_bytes = 2 * BLOCK_TOKENS * 4  # a key and a value of one float32 for each position of a block
+    long = DynamicCache(config=tiny_llama().config)
+    long.layers = [GrowingLayer()]
+    long.update(*torch.zeros(2, 1, 1, 5 * BLOCK_TOKENS, 1), 0)
+    prefixes = PrefixCache(PLENTY)
+    prefixes.keep("me", range(5 * BLOCK_TOKENS), long)
+    branch = prefixes.take("me", [0, 1, 2, 77, 78])
+    assert held(branch) == [0] * 3
+    prefixes.keep("me", [0, 1, 2], branch)
+    assert prefixes.n_bytes == 6 * layer_bytes
 
 
 @settings(max_examples=200)

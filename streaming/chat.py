@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
@@ -58,24 +59,52 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], max_prompt_tokens: 
 
 
 def _fit(tokenizer: Any, messages: Sequence[Message], max_prompt_tokens: int) -> EncodedChat:
-    ids = _encode(tokenizer, messages)
-    if len(ids) <= max_prompt_tokens:
-        return EncodedChat(tuple(ids))
     n_system = 1 if messages[0]["role"] == "system" else 0
     head, turns = messages[:n_system], messages[n_system:]
     # A conversation goes on from a person's message: templates may insist on it.
-    starts = [i for i, m in enumerate(turns) if i > 0 and m["role"] == "user"] or [len(turns) - 1]
-    low, high = 0, len(starts) - 1
-    while low < high:  # the fewest turns left out that fit; each encoding is O(length)
-        middle = (low + high) // 2
-        if len(_encode(tokenizer, [*head, *turns[starts[middle] :]])) <= max_prompt_tokens:
-            high = middle
-        else:
-            low = middle + 1
-    ids = _encode(tokenizer, [*head, *turns[starts[low] :]])
+    starts = [0, *(i for i, m in enumerate(turns) if i > 0 and m["role"] == "user")]
+    if starts == [0] and len(turns) > 1:
+        starts.append(len(turns) - 1)
+    # Encoding takes seconds for a million characters: what has too many of them is not tried.
+    n_chars, low, high = _n_chars(messages), 0, len(starts) - 1
+    while low < high and _least_tokens(tokenizer, n_chars) > max_prompt_tokens:
+        n_chars -= _n_chars(turns[starts[low] : starts[low + 1]])
+        low += 1
+    _require_fit(tokenizer, n_chars, max_prompt_tokens)
+    ids, start = _encode(tokenizer, [*head, *turns[starts[low] :]]), starts[low]
+    if len(ids) > max_prompt_tokens and low < high:
+        low += 1
+        while low < high:  # the fewest turns left out that fit; each encoding is O(length)
+            middle = (low + high) // 2
+            if len(_encode(tokenizer, [*head, *turns[starts[middle] :]])) <= max_prompt_tokens:
+                high = middle
+            else:
+                low = middle + 1
+        ids, start = _encode(tokenizer, [*head, *turns[starts[low] :]]), starts[low]
     if len(ids) > max_prompt_tokens:
         raise PromptTooLong(len(ids), max_prompt_tokens)
-    return EncodedChat(tuple(ids), n_dropped_messages=starts[low])
+    return EncodedChat(tuple(ids), n_dropped_messages=start)
+
+
+def _n_chars(messages: Sequence[Message]) -> int:
+    return sum(len(message["content"]) for message in messages)
+
+
+_longest_tokens: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""The characters of each tokenizer's longest token."""
+
+
+def _least_tokens(tokenizer: Any, n_chars: int) -> int:
+    """Return how many tokens `n_chars` characters are at least: as if all were the vocabulary's longest."""
+    if tokenizer not in _longest_tokens:
+        _longest_tokens[tokenizer] = max(map(len, tokenizer.get_vocab()))
+    return n_chars // _longest_tokens[tokenizer]
+
+
+def _require_fit(tokenizer: Any, n_chars: int, max_prompt_tokens: int) -> None:
+    n_least = _least_tokens(tokenizer, n_chars)
+    if n_least > max_prompt_tokens:
+        raise PromptTooLong(n_least, max_prompt_tokens, at_least=True)
 
 
 def encode_opening(tokenizer: Any, messages: Sequence[Message], max_prompt_tokens: int) -> tuple[int, ...]:
@@ -95,6 +124,7 @@ def encode_text(tokenizer: Any, text: str, max_prompt_tokens: int) -> tuple[int,
     Raises:
         PromptTooLong: it does not fit; a plain prompt has no turns to leave out.
     """
+    _require_fit(tokenizer, len(text), max_prompt_tokens)
     ids = tokenizer(text, split_special_tokens=True)["input_ids"]
     if not ids:
         # Models need one token to start from; the empty prompt is the beginning of a text.

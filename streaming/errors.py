@@ -22,11 +22,14 @@ class InvalidRequest(BrookError, ValueError):
 
 
 class PromptTooLong(InvalidRequest):
-    """A prompt that does not fit the model's context even with every older turn left out."""
+    """A prompt that does not fit the model's context even with every older turn left out.
 
-    def __init__(self, n_prompt_tokens: int, n_max_prompt_tokens: int) -> None:
+    It is `n_prompt_tokens` long, or `at_least` that where its characters alone are too many.
+    """
+
+    def __init__(self, n_prompt_tokens: int, n_max_prompt_tokens: int, *, at_least: bool = False) -> None:
         super().__init__(
-            f"The message is {n_prompt_tokens:,} tokens long but the model can read at most "
+            f"The message is {'at least ' * at_least}{n_prompt_tokens:,} tokens long but the model can read at most "
             f"{n_max_prompt_tokens:,}; shorten it and send it again.",
             field="prompt",
         )

@@ -110,6 +110,8 @@ class StepBatch:
         self._seats.append(_Seat(run, self._step.open(run.cache), ids, run.cache.get_seq_length()))
 
     def advance(self) -> None:
+        # An engine that failed has ended the runs of all seats.
+        self._seats = [seat for seat in self._seats if seat.run.generation.finish is None]
         # Whoever gets nothing to read in this step is asked too: one that was cancelled leaves at once.
         pieces = [
             (seat, ids) for seat, ids in self._share_out() if self._try(seat, seat.run.before_forward, len(ids)) and ids

@@ -6,7 +6,7 @@ from typing import Any
 
 from streaming.engine.batch import Batch, ForwardStep, Step, StepBatch
 from streaming.engine.decode_loop import compiled_step
-from streaming.engine.generate import is_over
+from streaming.engine.generate import is_over, prepare_processors
 from streaming.engine.local import LocalEngine
 from streaming.engine.run import GiveWay, Run
 from streaming.models.loading import LoadedModel
@@ -31,6 +31,7 @@ class BatchedEngine(LocalEngine):
     def __init__(self, *arguments: Any, n_seats: int = N_SEATS, **options: Any) -> None:
         self.n_seats = n_seats
         self._alone: Run | None = None
+        self._config_adds = True  # whether the model's configuration adds processors to a run's own: until one shows
         self._batch: Batch | None = None
         super().__init__(*arguments, **options)
 
@@ -52,14 +53,15 @@ class BatchedEngine(LocalEngine):
         return StepBatch(ForwardStep(loaded.model), over, self._end, one_by_one=True)
 
     def _let_go(self) -> None:
+        super()._let_go()
         if self._batch is not None:
             self._batch.close()
-            self._batch = None  # it holds the model, and a generation that someone keeps holds this engine
+            self._batch = None
 
     def _show_places(self) -> None:
         super()._show_places()
-        if self._alone is not None and self.n_seats > 1:
-            self._alone.must_give_way = bool(self._queue.n_waiting)
+        if self._alone is not None:
+            self._alone.must_give_way = self._queue.can_take
 
     def _serve(self, run: Run, loaded: LoadedModel) -> None:
         assert self._batch is not None
@@ -72,8 +74,6 @@ class BatchedEngine(LocalEngine):
         except GiveWay:
             self._leave_alone()
             self._serve_together(run, self._batch, loaded)
-        except BaseException as error:
-            self._end(run, error)
         finally:
             self._leave_alone()
 
@@ -94,10 +94,13 @@ class BatchedEngine(LocalEngine):
         try:
             if run.cache is None and batch.reads_caches:
                 self._open_cache(run, loaded)
+            if self._config_adds:
+                own, run.processors = run.processors, prepare_processors(run, loaded)
+                self._config_adds = len(run.processors) > len(own)
             batch.join(run)
         except BaseException as error:
             self._end(run, error)
 
     def _next_seated(self) -> Run | None:
         with self._changed:
-            return self._take() if len(self._queue.served) < self.n_seats else None
+            return self._take()

@@ -5,7 +5,7 @@ import torch
 from streaming.errors import ModelUnavailable
 
 
-def as_unavailable(error: Exception) -> ModelUnavailable:
+def as_unavailable(error: BaseException) -> ModelUnavailable:
     """Give what loading a model raised as the exception that says so."""
     if isinstance(error, ModelUnavailable):
         return error

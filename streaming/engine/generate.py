@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList
 
 from streaming.engine.decode_loop import compiled_step, decode_loop
 from streaming.engine.run import Run
+from streaming.errors import NotACausalLM
 from streaming.models.loading import LoadedModel
 
 PREFILL_CHUNK_TOKENS = 256
@@ -17,6 +18,36 @@ PREFILL_CHUNK_TOKENS = 256
 
 def generate(run: Run, cache: Cache, loaded: LoadedModel) -> None:
     """Call `generate()`; the tokens arrive in the run's log, what was read stays in `cache`."""
+    loop = functools.partial(decode_loop, streamer=run, before_chunk=run.before_forward)
+    _generate(run, loaded, past_key_values=cache, streamer=run, custom_generate=loop)
+
+
+def require_servable(loaded: LoadedModel) -> None:
+    """Raise NotACausalLM for a model whose cache cannot tell how much it holds: one without any attention."""
+    try:
+        DynamicCache(config=loaded.model.config).get_seq_length()
+    except ValueError as error:
+        raise NotACausalLM(
+            f"{loaded.model_id} is a recurrent model without attention, which cannot be served here; choose another."
+        ) from error
+
+
+def prepare_processors(run: Run, loaded: LoadedModel) -> LogitsProcessorList:
+    """Give the processors that `generate()` would draw a run's tokens with: its own, and what the model's config adds.
+
+    They are what generate() hands to a custom loop (transformers 5.23).
+    """
+    prepared = []
+
+    def take(_model: Any, input_ids: torch.Tensor, logits_processor: LogitsProcessorList, *_: Any, **__: Any) -> Any:
+        prepared.append(logits_processor)
+        return input_ids
+
+    _generate(run, loaded, custom_generate=take)
+    return prepared[0]
+
+
+def _generate(run: Run, loaded: LoadedModel, **options: Any) -> None:
     model: Any = loaded.model
     tokenizer = loaded.tokenizer
     ids = torch.tensor([run.generation.prompt_ids], device=model.device)
@@ -39,10 +70,8 @@ def generate(run: Run, cache: Cache, loaded: LoadedModel) -> None:
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
-        past_key_values=cache,
         logits_processor=run.processors,
-        streamer=run,
-        custom_generate=functools.partial(decode_loop, streamer=run, before_chunk=run.before_forward),
+        **options,
     )
 
 

@@ -1,5 +1,6 @@
 """The engine on this machine: one worker thread owns the model and calls `generate()`, one request after another."""
 
+import copy
 import dataclasses
 import logging
 import threading
@@ -15,7 +16,14 @@ from transformers import Cache, DynamicCache
 from streaming.chat import encode_opening
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
 from streaming.engine.failures import as_unavailable, explain
-from streaming.engine.generate import PREFILL_CHUNK_TOKENS, generate, has_stopped, read, reads_with_step
+from streaming.engine.generate import (
+    PREFILL_CHUNK_TOKENS,
+    generate,
+    has_stopped,
+    read,
+    reads_with_step,
+    require_servable,
+)
 from streaming.engine.prefix_cache import NOBODY, PrefixCache
 from streaming.engine.queue import FairQueue
 from streaming.engine.run import GiveWay, Run, StopStringMet, build_run
@@ -74,7 +82,7 @@ class LocalEngine:
         self._ready = threading.Event()
         self._encoding = threading.Lock()  # encoding changes a tokenizer's settings: one at a time
         self._changed = threading.Condition()
-        self._queue: FairQueue[Run] = FairQueue(max_active, max_queued)
+        self._queue: FairQueue[Run] = FairQueue(max_active, max_queued, n_seats=self.n_seats)
         self._active: Run | None = None  # for which the model is called
         self._closing = False
         self._knows_opening = False
@@ -108,6 +116,8 @@ class LocalEngine:
 
     def submit(self, request: GenerationRequest) -> Generation:
         loaded = self._require_loaded()
+        with self._changed:
+            self._queue.require_room(request.owner)  # before the work of encoding
         with self._encoding:
             run = build_run(request, self.defaults, loaded, self._cancel)
         with self._changed:
@@ -120,7 +130,8 @@ class LocalEngine:
     def wait_ready(self, timeout: float | None = None) -> bool:
         ready = self._ready.wait(timeout)
         if self._load_error is not None:
-            raise self._load_error
+            # A copy: each time that an exception is raised it grows by a traceback, which keeps whatever was at work.
+            raise copy.copy(self._load_error)
         return ready
 
     def status(self) -> EngineStatus:
@@ -195,10 +206,12 @@ class LocalEngine:
 
     def _work(self) -> None:
         try:
-            self._loaded = loaded = self._load(self._on_load_progress)
+            loaded = self._load(self._on_load_progress)
+            require_servable(loaded)
+            self._loaded = loaded
             loaded.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             self._get_ready(loaded)
-        except Exception as error:
+        except BaseException as error:  # code that comes with a model may raise anything
             if not isinstance(error, ModelUnavailable):
                 logger.exception("The model could not be loaded")
             self._load_error = as_unavailable(error)
@@ -206,7 +219,11 @@ class LocalEngine:
         finally:
             self._ready.set()
         while (run := self._next_run()) is not None:
-            self._serve(run, loaded)
+            try:
+                self._serve(run, loaded)
+            except BaseException as error:  # a mistake of Brook's own: those who wait are served all the same
+                for served in self._queue.served:
+                    self._end(served, error)
             self._use_idle_time(loaded)
         self._let_go()
         self._loaded = None
@@ -227,7 +244,9 @@ class LocalEngine:
         """Do in the worker what must be done before the first request."""
 
     def _let_go(self) -> None:
-        """Do in the worker what must be done after the last request."""
+        """Do in the worker what must be done after the last request: who keeps a generation keeps this engine."""
+        self._prefixes.clear()
+        self._ended.clear()
 
     def _on_load_progress(self, progress: LoadProgress) -> None:
         self._load_progress = progress
@@ -278,9 +297,8 @@ class LocalEngine:
                     torch.cuda.empty_cache()
             if reason != "error" and run.cache is not None:
                 self._keep(run, run.cache)
-                assert self._loaded is not None
-                if run.token_ids and run.generation.request.messages and reads_with_step(self._loaded):
-                    self._ended.append(run)
+        except Exception:
+            logger.exception("What was read for a request could not be kept")
         finally:
             run.cache = None
             with self._changed:
@@ -331,6 +349,9 @@ class LocalEngine:
     def _keep(self, run: Run, cache: Cache) -> None:
         generation = run.generation
         self._prefixes.keep(generation.request.owner, [*generation.prompt_ids, *run.token_ids], cache)
+        assert self._loaded is not None
+        if run.token_ids and generation.request.messages and reads_with_step(self._loaded):
+            self._ended.append(run)
 
     def _before_forward(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._active is not None:

@@ -59,6 +59,7 @@ class ManagedBatch:
         self._end = end
         self._names = map(str, itertools.count())
         self._seats: dict[str, Run] = {}
+        self._n_runs = 0  # those in `_seats` and in `_done`, and one on its way from there to here
         self._done: queue.SimpleQueue[tuple[Run, BaseException | None]] = queue.SimpleQueue()
         n_blocks = _count_blocks(model, n_context, n_seats)
         self._n_room = n_blocks * PAGE_TOKENS
@@ -84,7 +85,7 @@ class ManagedBatch:
 
     @property
     def n_runs(self) -> int:
-        return len(self._seats) + self._done.qsize()
+        return self._n_runs
 
     def join(self, run: Run) -> None:
         ids = [*run.generation.prompt_ids, *run.token_ids]
@@ -97,6 +98,7 @@ class ManagedBatch:
             self._manager.start()
         name = next(self._names)
         self._seats[name] = run
+        self._n_runs += 1
         if not run.token_ids:
             run.show(Progress("reading", 0, len(ids)))
         self._manager.add_request(ids, request_id=name, max_new_tokens=self._n_room - len(ids))
@@ -114,6 +116,7 @@ class ManagedBatch:
             run, error = self._done.get(timeout=WAIT_S)
         except queue.Empty:
             return
+        self._n_runs -= 1
         self._end(run, error)
 
     def paused(self) -> AbstractContextManager[Any]:

@@ -1,5 +1,6 @@
 """Who is next: requests wait in a line for each person, and people take turns."""
 
+import math
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Generic, TypeVar
@@ -13,11 +14,13 @@ class FairQueue(Generic[T]):
     """Items that wait, and items that are served.
 
     People take turns: whoever has had one goes behind everyone else who waits, and each one's own items keep their
-    order. At most `max_active` items of one person may be here at a time, waiting or served, and at most `max_queued`
-    of all may wait; 0 is no limit. Not thread-safe: its engine holds a lock around every call.
+    order. `n_seats` may be served at a time, and nobody takes more seats than are left free, so that whoever comes next
+    finds one. At most `max_active` items of one person may be here at a time, waiting or served, and at most
+    `max_queued` of all may wait. 0 is no limit. Not thread-safe: its engine holds a lock around every call.
     """
 
-    def __init__(self, max_active: int = 0, max_queued: int = 0) -> None:
+    def __init__(self, max_active: int = 0, max_queued: int = 0, *, n_seats: int = 0) -> None:
+        self._n_seats = n_seats
         self._max_active = max_active
         self._max_queued = max_queued
         self._lines: dict[str, list[T]] = {}  # whose turn is next comes first; nobody's line is empty
@@ -38,13 +41,19 @@ class FairQueue(Generic[T]):
         """The items that were taken and not yet released."""
         return [item for _, item in self._served]
 
-    def add(self, item: T, owner: str) -> None:
-        """Put an item at the end of its owner's line.
+    @property
+    def can_take(self) -> bool:
+        """Whether someone who waits may be served now."""
+        return self._next_owner() is not None
 
-        Raises:
-            EngineBusy: a limit is reached.
-        """
-        n_own = len(self._lines.get(owner, ())) + sum(owner == one for one, _ in self._served)
+    def add(self, item: T, owner: str) -> None:
+        """Put an item at the end of its owner's line; raises what `require_room` does."""
+        self.require_room(owner)
+        self._lines.setdefault(owner, []).append(item)
+
+    def require_room(self, owner: str) -> None:
+        """Raise EngineBusy where one more item of the owner's would be more than a limit allows."""
+        n_own = len(self._lines.get(owner, ())) + self._n_seats_of(owner)
         if self._max_active and n_own >= self._max_active:
             raise EngineBusy(
                 f"You already have as many requests on their way as one person may ({self._max_active}); "
@@ -52,13 +61,12 @@ class FairQueue(Generic[T]):
             )
         if self._max_queued and self.n_waiting >= self._max_queued:
             raise EngineBusy(f"As many requests are waiting as may ({self._max_queued}); try again in a minute.")
-        self._lines.setdefault(owner, []).append(item)
 
     def take(self) -> T | None:
-        """Give the next item to serve, or None when nobody waits."""
-        if not self._lines:
+        """Give the next item to serve, or None when nobody waits who may have a seat."""
+        owner = self._next_owner()
+        if owner is None:
             return None
-        owner = next(iter(self._lines))
         line = self._lines.pop(owner)
         item = line.pop(0)
         if line:
@@ -79,6 +87,13 @@ class FairQueue(Generic[T]):
                     del self._lines[owner]
                 return True
         return False
+
+    def _next_owner(self) -> str | None:
+        n_free = self._n_seats - len(self._served) if self._n_seats else math.inf
+        return next((owner for owner in self._lines if self._n_seats_of(owner) < n_free), None)
+
+    def _n_seats_of(self, owner: str) -> int:
+        return sum(owner == one for one, _ in self._served)
 
     def clear(self) -> list[T]:
         """Take out all that wait, and give them."""

@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,8 +144,9 @@ def build_run(
     n_dropped = 0
     context_ids: Sequence[int] = ()
     if request.messages is not None:
-        chat = encode_chat(tokenizer, request.messages, n_room)
+        chat = encode_chat(tokenizer, _with_known_ids(request.messages, loaded), n_room)
         ids, n_dropped = chat.ids, chat.n_dropped_messages
+        _check_ids(ids, loaded, "messages")
     else:
         if request.prompt is not None:
             ids = encode_text(tokenizer, request.prompt, n_room)
@@ -176,9 +177,23 @@ def build_run(
     return run
 
 
-def _check_ids(ids: Sequence[int], loaded: LoadedModel, field: str) -> None:
+def _with_known_ids(messages: Sequence[Mapping[str, Any]], loaded: LoadedModel) -> list[Mapping[str, Any]]:
+    """Leave out the ids of replies that are not all the model's, as an imported file may say: their text counts."""
+    known = range(_n_vocab(loaded))
+    return [
+        message if all(i in known for i in message.get("token_ids") or ()) else {**message, "token_ids": ()}
+        for message in messages
+    ]
+
+
+def _n_vocab(loaded: LoadedModel) -> int:
     model: Any = loaded.model
     n_vocab: int = model.get_input_embeddings().num_embeddings
+    return n_vocab
+
+
+def _check_ids(ids: Sequence[int], loaded: LoadedModel, field: str) -> None:
+    n_vocab = _n_vocab(loaded)
     wrong = next((i for i in ids if not 0 <= i < n_vocab), None)
     if wrong is not None:
         raise InvalidRequest(f"{field} holds {wrong}, but the model's token ids go from 0 to {n_vocab - 1}.", field)

@@ -69,6 +69,8 @@ class PackedEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8), requires_grad=False)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.num_embeddings:
+            raise IndexError(f"a token id is not between 0 and {self.num_embeddings - 1}")
         return take_rows(self.weight, token_ids)
 
     def extra_repr(self) -> str:

@@ -5,11 +5,15 @@ asks Brook's own API on this machine, behind which is a LocalEngine.
 """
 
 import threading
+import traceback
+import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 
 import pytest
 import torch
+from transformers import Lfm2Config, MambaConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from streaming.engine.base import Engine, Generation, GenerationRequest, GenerationResult
 from streaming.engine.batched import BatchedEngine
@@ -17,7 +21,15 @@ from streaming.engine.generate import PREFILL_CHUNK_TOKENS
 from streaming.engine.local import LocalEngine
 from streaming.engine.prefix_cache import NOBODY
 from streaming.engine.remote import RemoteEngine
-from streaming.errors import EngineBusy, EngineClosed, InvalidRequest, PromptTooLong, StreamTimeout
+from streaming.errors import (
+    EngineBusy,
+    EngineClosed,
+    InvalidRequest,
+    ModelUnavailable,
+    NotACausalLM,
+    PromptTooLong,
+    StreamTimeout,
+)
 from streaming.events import FinishEvent, TokenEvent
 from tests.serving import WAIT_S, serving_api, wait_for
 from tests.tiny import N_CONTEXT, SYSTEM, SYSTEM_TEMPLATE, ScriptedModel, byte_tokenizer, loaded, tiny_llama
@@ -618,3 +630,112 @@ class TestReuse:
         )
         assert ids + rest.result(WAIT_S).token_ids == whole.result(WAIT_S).token_ids
         assert rest.result(WAIT_S).finish.n_reused_tokens >= 99
+
+
+HYBRID = Lfm2Config(
+    vocab_size=259,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    layer_types=["conv", "full_attention"],
+    bos_token_id=257,
+    eos_token_id=258,
+    pad_token_id=256,
+)
+
+
+@of_token_ids
+def test_a_model_whose_cache_cannot_be_cut_answers_every_time(serve):
+    """Half of its layers keep a state instead of keys and values: nothing is kept of it, and nothing is lost."""
+    torch.manual_seed(0)
+    engine = serve(AutoModelForCausalLM.from_config(HYBRID, dtype=torch.float32).eval())
+    results = [
+        engine.submit(GenerationRequest(prompt="hello", max_new_tokens=5, temperature=0)).result(WAIT_S)
+        for _ in range(3)
+    ]
+    assert [result.finish.reason for result in results] == ["length"] * 3
+    assert len(results[0].token_ids) == 5
+    assert results[0].token_ids == results[1].token_ids == results[2].token_ids
+    assert {result.finish.n_reused_tokens for result in results} == {0}
+
+
+@pytest.mark.parametrize("kind", [LocalEngine, BatchedEngine], ids=kind_of)
+def test_a_model_without_attention_is_refused_in_a_sentence(kind):
+    model = AutoModelForCausalLM.from_config(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=259))
+    with closing(kind(lambda _: loaded(model))) as engine:
+        with pytest.raises(NotACausalLM, match=r"^tiny is a recurrent model without attention, .*; choose another\.$"):
+            engine.wait_ready(WAIT_S)
+        assert engine.status().state == "failed"
+
+
+@pytest.mark.parametrize("kind", [LocalEngine, BatchedEngine], ids=kind_of)
+def test_code_of_a_model_that_ends_the_process_ends_the_loading_alone(kind):
+    def leave(_progress):
+        raise SystemExit("see you")
+
+    with closing(kind(leave)) as engine:
+        refusals = []
+        for _ in range(3):
+            with pytest.raises(ModelUnavailable, match=r"could not be loaded \(SystemExit: see you\)") as caught:
+                engine.wait_ready(WAIT_S)
+            refusals.append(len(traceback.extract_tb(caught.tb)))
+        assert len(set(refusals)) == 1  # else each holds what the one before held, requests among it
+
+
+@of_token_ids
+def test_what_cannot_be_kept_costs_nobody_an_answer(serve, monkeypatch):
+    engine = serve(tiny_llama())
+    monkeypatch.setattr(engine._prefixes, "keep", lambda *_: 1 / 0)
+    for _ in range(2):
+        assert say(engine, max_new_tokens=3).result(WAIT_S).finish.reason == "length"
+
+
+@of_token_ids
+def test_a_mistake_in_the_engine_is_told_and_the_next_request_is_served(serve, monkeypatch):
+    engine = serve(tiny_llama())
+    expected = say(engine, max_new_tokens=3).result(WAIT_S).token_ids
+    monkeypatch.setattr(engine, "_open_cache", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine, "_serve", lambda *_: 1 / 0)
+    failed = say(engine, max_new_tokens=3).result(WAIT_S)
+    assert (failed.finish.reason, failed.token_ids) == ("error", [])
+    assert "ZeroDivisionError" in failed.finish.error
+    monkeypatch.undo()
+    assert say(engine, max_new_tokens=3).result(WAIT_S).token_ids == expected
+    assert engine.status().n_active == 0
+
+
+@of_token_ids
+def test_closing_lets_go_of_what_was_kept(serve):
+    """Whoever keeps a generation keeps its engine: not also the memory."""
+    engine = serve(tiny_llama())
+    run = say(engine, max_new_tokens=3)
+    run.result(WAIT_S)
+    cache = weakref.ref(engine._prefixes._entries[0].cache)
+    engine.close()
+    assert cache() is None
+    assert engine._prefixes.n_bytes == 0
+
+
+@of_token_ids
+def test_ids_of_a_reply_that_are_not_the_models_are_not_shown_to_it(serve):
+    """A conversation that was imported may say anything: its text then counts."""
+    engine = serve(tiny_llama())
+    wrong = [HELLO[0], {"role": "assistant", "content": "hi", "token_ids": [5, 2**32 - 1]}, HELLO[0]]
+    run = engine.submit(GenerationRequest(messages=wrong, max_new_tokens=2))
+    assert run.result(WAIT_S).finish.reason == "length"
+    plain = [{"role": message["role"], "content": message["content"]} for message in wrong]
+    assert list(run.prompt_ids) == chat_ids(plain)
+
+
+@of_token_ids
+def test_a_limit_refuses_before_the_text_is_looked_at(serve, monkeypatch):
+    reading = threading.Event()
+    engine = serve(scripted("abc", {1: lambda: reading.wait(WAIT_S) and None}), max_active=1)
+    first = say(engine)
+    monkeypatch.setattr(type(engine.tokenizer), "__call__", lambda *_, **__: pytest.fail("the text was encoded"))
+    with pytest.raises(EngineBusy):
+        say(engine)
+    reading.set()
+    assert first.result(WAIT_S).text == "abc"

@@ -225,6 +225,64 @@ def as_options(request: GenerationRequest) -> dict:
     return {"prompt": request.prompt, "max_new_tokens": request.max_new_tokens, "temperature": 0, "owner": "reader"}
 
 
+def test_what_a_models_own_configuration_asks_for_holds_in_company_too(kind):
+    model = {"compiled": lambda: pack_model(random_model(WITH_STEP["llama"])), "in turn": eager_llama}.get(
+        kind, tiny_llama
+    )()
+    model.generation_config.no_repeat_ngram_size = 1
+    engine = BatchedEngine(lambda progress: loaded(model, n_context=512))
+    try:
+        assert engine.wait_ready(WAIT_S)
+        requests = [ask(number) for number in range(4)]
+        alone = [engine.submit(request).result(WAIT_S).token_ids for request in requests]
+        runs = together(engine, requests)
+    finally:
+        engine.close()
+    assert [run.result(0).token_ids for run in runs] == alone
+    assert all(ids and len(set(ids)) == len(ids) for ids in alone)
+
+
+def test_whoever_asks_for_much_leaves_seats_for_others(monkeypatch):
+    engine = BatchedEngine(lambda progress: loaded(packed(), byte_tokenizer(), n_context=512), n_seats=4)
+    take, seats = engine._queue.take, []
+
+    def note():
+        run = take()
+        seats.append([one.generation.request.owner for one in engine._queue.served].count("much"))
+        return run
+
+    monkeypatch.setattr(engine._queue, "take", note)
+    try:
+        engine.wait_ready(WAIT_S)
+        much = [ask(number, owner="much", max_new_tokens=400) for number in range(6)]
+        *busy, other = together(engine, [*much, ask(1)])
+    finally:
+        engine.close()
+    assert max(seats) == 2
+    assert [len(run.result(0).token_ids) for run in (*busy, other)] == [400] * 6 + [24]
+    assert list(other.events())[-2].t_s < min(list(run.events())[-2].t_s for run in busy)  # it waited for none of them
+
+
+def test_a_managed_run_counts_until_its_end_is_told(monkeypatch):
+    """Between its seat and the line of those that are done, it was in neither: the worker left, and nobody ended it."""
+    engine = BatchedEngine(lambda progress: loaded(tiny_llama(), n_context=512))
+    try:
+        engine.wait_ready(WAIT_S)
+        manager = engine._batch._manager
+        cancel_request, counts = manager.cancel_request, []
+
+        def count(name):
+            counts.append(engine._batch.n_runs)
+            return cancel_request(name)
+
+        monkeypatch.setattr(manager, "cancel_request", count)
+        runs = together(engine, [ask(0, max_new_tokens=5), ask(1, max_new_tokens=9)])
+        assert [len(run.result(0).token_ids) for run in runs] == [5, 9]
+        assert counts == [2, 1]
+    finally:
+        engine.close()
+
+
 def test_the_manager_is_refused_where_it_computes_something_else(monkeypatch):
     monkeypatch.setattr(ManagedBatch, "suits", lambda self, model: False)
     engine = BatchedEngine(lambda progress: loaded(tiny_llama()))

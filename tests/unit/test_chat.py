@@ -150,6 +150,27 @@ class TestFitting:
             "shorten it and send it again."
         )
 
+    def test_what_has_too_many_characters_is_not_encoded(self, monkeypatch):
+        """A megabyte takes seconds, in which everybody waits."""
+        tokenizer, seen = byte_tokenizer(), []
+        apply = type(tokenizer).apply_chat_template
+
+        def note(self, messages, **options):
+            seen.append(sum(len(message["content"]) for message in messages))
+            return apply(self, messages, **options)
+
+        monkeypatch.setattr(type(tokenizer), "apply_chat_template", note)
+        million = 10**6
+        with pytest.raises(PromptTooLong, match=r"at least 76,923 tokens long .* at most 100;"):  # of 13 characters
+            encode_chat(tokenizer, [self.system, user("x" * million)], 100)
+        with pytest.raises(PromptTooLong, match="at least 76,923"):
+            encode_text(tokenizer, "x" * million, 100)
+        assert seen == []
+        chat = [self.system, *[user("x" * million), reply("y" * million)] * 3, user("q"), reply("a"), user("last")]
+        fitted = encode_chat(tokenizer, chat, 200)
+        assert fitted.n_dropped_messages == 6
+        assert max(seen) < 100
+
 
 @pytest.mark.parametrize(
     "messages", [[], [{"role": "tool", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": 3}]]

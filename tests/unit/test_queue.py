@@ -49,6 +49,30 @@ def test_what_is_removed_was_waiting_and_is_gone():
     assert (queue.clear(), queue.served, queue.n_waiting, queue.take()) == (["bob2"], [], 0, None)
 
 
+def test_nobody_takes_more_seats_than_are_left_free():
+    queue = filled("ann1", "ann2", "ann3", "ann4", "ann5", n_seats=8)
+    assert drain(queue) == ["ann1", "ann2", "ann3", "ann4"]
+    assert (queue.can_take, queue.n_waiting) == (False, 1)
+    for name in ("bob1", "bob2", "bob3", "cat1", "dan1", "eve1"):
+        queue.add(name, name[:-1])
+    assert drain(queue) == ["bob1", "cat1", "dan1", "eve1"]
+    queue.release("cat1")  # ann has 4 seats and bob 1, where 1 is free
+    assert not queue.can_take
+    queue.release("bob1")
+    assert drain(queue) == ["bob2"]
+    queue.release("ann1")
+    queue.release("ann2")
+    queue.release("ann3")  # 4 are free: one for each who waits, then a second of bob's would leave too few
+    assert drain(queue) == ["ann5", "bob3"]
+
+
+def test_the_only_seat_is_anybodys():
+    queue = filled("ann1", "ann2", n_seats=1)
+    assert (queue.take(), queue.take()) == ("ann1", None)
+    queue.release("ann1")
+    assert queue.take() == "ann2"
+
+
 def test_one_person_has_so_many_at_a_time_waiting_or_served():
     queue = filled("ann1", "ann2", max_active=2)
     assert queue.take() == "ann1"

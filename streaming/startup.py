@@ -1,5 +1,7 @@
-"""What makes a program of Brook's own start sooner."""
+"""What makes a program of Brook's own start sooner, and leaner."""
 
+import contextlib
+import ctypes
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,3 +22,12 @@ def collector_paused() -> Iterator[None]:
         gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def give_back_memory() -> None:
+    """Give memory that was freed back to the system, which glibc by itself keeps for later: 150 MB after a first start.
+
+    Elsewhere (macOS, Windows, musl) allocators do it by themselves, or cannot be told to.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -30,6 +30,7 @@ from streaming.engine.run import GiveWay, Run, StopStringMet, build_run
 from streaming.errors import EngineClosed, GenerationCancelled, ModelUnavailable, StreamTimeout
 from streaming.events import FinishReason
 from streaming.models.loading import LoadedModel, LoadProgress
+from streaming.startup import give_back_memory
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +212,7 @@ class LocalEngine:
             self._loaded = loaded
             loaded.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             self._get_ready(loaded)
+            give_back_memory()
         except BaseException as error:  # code that comes with a model may raise anything
             if not isinstance(error, ModelUnavailable):
                 logger.exception("The model could not be loaded")

@@ -1,10 +1,13 @@
-"""The garbage collector rests while a program starts."""
+"""The garbage collector rests while a program starts, and what was freed goes back."""
 
 import gc
+import platform
+import subprocess
+import sys
 
 import pytest
 
-from streaming.startup import collector_paused
+from streaming.startup import collector_paused, give_back_memory
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +36,27 @@ def test_a_collector_that_was_off_stays_off():
     with collector_paused():
         pass
     assert not gc.isenabled()
+
+
+FREE = """
+import psutil
+from streaming.startup import give_back_memory
+rss_mb = lambda: psutil.Process().memory_info().rss / 1e6
+made = [bytes(50_000) for _ in range(4000)]  # small enough to come from the heap
+kept = made[::400] + [bytes(10)]
+del made
+before = rss_mb()
+give_back_memory()
+print(before - rss_mb())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left to themselves")
+def test_what_was_freed_goes_back_to_the_system():
+    freed_mb = float(subprocess.run([sys.executable, "-c", FREE], capture_output=True, text=True, check=True).stdout)
+    assert freed_mb > 100
+
+
+def test_an_allocator_that_cannot_be_told_is_left_to_itself(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda _name: object())
+    give_back_memory()

@@ -1,14 +1,17 @@
 """How near packed weights stay to the model they stand for, teacher-forced on fixed texts.
 
 The default model: Brook's (by chunks and by single tokens, through the compiled step) and the stock bf16 model
-against the dequantized float32 model. Another model, quantized at load: 4 bits against bf16, with `--model`.
+against the dequantized float32 model. Another model, quantized at load: 4 bits against bf16, with `--model`; or with
+`--regrouped` the default model with its columns in another order, which computes the same, but in which no group of
+32 weights is one that the file has rounded before.
 
-    python -m benchmarks.quality [--model FOLDER_OR_HUB_ID]
+    python -m benchmarks.quality [--model FOLDER_OR_HUB_ID | --regrouped]
 """
 
 import argparse
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,18 +70,69 @@ def compare(read: Read, reference: Read, ids: torch.Tensor) -> tuple[float, floa
     return kl.item(), agreement.item() * 100, (math.exp(losses[0] - losses[1]) - 1) * 100
 
 
+@torch.no_grad()
+def save_regrouped(folder: str) -> None:
+    """Save the default model in bf16 with hidden, intermediate and value dimensions in a random order."""
+    exact = load_model(quantize="none", dtype="float32")
+    model, config = exact.model, exact.model.config
+    source = torch.Generator().manual_seed(0)
+    hidden = torch.randperm(config.hidden_size, generator=source)
+    inner = torch.randperm(config.intermediate_size, generator=source)
+    n_queries = config.num_attention_heads // config.num_key_value_heads
+    heads = [
+        number * config.head_dim + torch.randperm(config.head_dim, generator=source)
+        for number in range(config.num_key_value_heads)
+    ]
+    values = torch.cat(heads)
+    attended = torch.cat([
+        (number * n_queries + query) * config.head_dim + order - number * config.head_dim
+        for number, order in enumerate(heads)
+        for query in range(n_queries)
+    ])  # fmt: skip
+    model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:, hidden])
+    model.model.norm.weight.copy_(model.model.norm.weight[hidden])
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.copy_(norm.weight[hidden])
+        for linear, rows, columns in (
+            (attention.q_proj, None, hidden),
+            (attention.k_proj, None, hidden),
+            (attention.v_proj, values, hidden),
+            (attention.o_proj, hidden, attended),
+            (mlp.gate_proj, inner, hidden),
+            (mlp.up_proj, inner, hidden),
+            (mlp.down_proj, hidden, inner),
+        ):
+            weight = linear.weight[:, columns]
+            linear.weight.copy_(weight if rows is None else weight[rows])
+    model.bfloat16().save_pretrained(folder)
+    exact.tokenizer.save_pretrained(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="compare this model in 4 bits with itself in bf16")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", help="compare this model in 4 bits with itself in bf16")
+    which.add_argument("--regrouped", action="store_true", help="the same for the default model, regrouped")
     arguments = parser.parse_args()
-    packed = load_model(arguments.model, quantize="int4")
+    if not arguments.regrouped:
+        measure(arguments.model)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_regrouped(folder)
+        measure(folder, "SmolLM2-135M-Instruct, regrouped")
+
+
+def measure(model: str | None, title: str | None = None) -> None:
+    packed = load_model(model, quantize="int4")
     if step_of(packed.model) is None:
         readers = {"Brook, 4 bits": in_chunks(packed.model)}
     else:
         readers = {"Brook, 4 bits, by chunks": by_step(packed.model, CHUNK), "by tokens": by_step(packed.model, 1)}
-    exact_dtype = "bfloat16" if arguments.model else "float32"
-    reference = in_chunks(load_model(arguments.model, quantize="none", dtype=exact_dtype).model)
-    if not arguments.model:
+    exact_dtype = "bfloat16" if model else "float32"
+    reference = in_chunks(load_model(model, quantize="none", dtype=exact_dtype).model)
+    if not model:
         readers["stock bf16"] = in_chunks(load_model(quantize="none", dtype="bfloat16").model)
     rows = []
     for kind, ids in texts(packed.tokenizer).items():
@@ -86,7 +140,7 @@ def main() -> None:
             kl, agreement, perplexity = compare(read, reference, ids)
             rows.append([kind, ids.shape[1], name, f"{kl:.2e}", f"{agreement:.2f}", f"{perplexity:+.3f}"])
     columns = ["text", "tokens", "against the dequantized model", "mean KL, nats", "top-1, %", "perplexity, %"]
-    report("quality" if not arguments.model else "quality_other", columns, rows, model=packed.model_id)
+    report("quality" if not model else "quality_other", columns, rows, model=title or packed.model_id)
 
 
 if __name__ == "__main__":

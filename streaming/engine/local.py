@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from streaming.chat import encode_opening
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
@@ -20,6 +20,7 @@ from streaming.engine.generate import (
     PREFILL_CHUNK_TOKENS,
     generate,
     has_stopped,
+    new_cache,
     read,
     reads_with_step,
     require_servable,
@@ -316,7 +317,7 @@ class LocalEngine:
             self._read_opening(loaded)
             cache = self._prefixes.take(request.owner, generation.prompt_ids)
         if cache is None:
-            cache = DynamicCache(config=loaded.model.config)
+            cache = new_cache(loaded)
         run.cache = cache
         run.n_reused_tokens = cache.get_seq_length()
         return cache
@@ -327,7 +328,7 @@ class LocalEngine:
         with self._encoding:
             ids = encode_opening(loaded.tokenizer, (), loaded.n_context)[:PREFILL_CHUNK_TOKENS]
         if len(ids) >= MIN_OPENING_TOKENS:
-            cache = DynamicCache(config=loaded.model.config)
+            cache = new_cache(loaded)
             read(ids, cache, loaded)
             self._prefixes.keep(NOBODY, ids, cache)
 

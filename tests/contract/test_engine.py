@@ -31,6 +31,7 @@ from streaming.errors import (
     StreamTimeout,
 )
 from streaming.events import FinishEvent, TokenEvent
+from streaming.models.kv_cache import BLOCK_TOKENS, GrowingLayer
 from tests.serving import WAIT_S, serving_api, wait_for
 from tests.tiny import N_CONTEXT, SYSTEM, SYSTEM_TEMPLATE, ScriptedModel, byte_tokenizer, loaded, tiny_llama
 
@@ -739,3 +740,14 @@ def test_a_limit_refuses_before_the_text_is_looked_at(serve, monkeypatch):
         say(engine)
     reading.set()
     assert first.result(WAIT_S).text == "abc"
+
+
+@of_token_ids
+def test_what_is_kept_grows_in_blocks(serve):
+    """A token costs its own bytes, not a copy of all before it."""
+    engine = serve(tiny_llama())
+    say(engine, max_new_tokens=20).result(WAIT_S)
+    (entry,) = engine._prefixes._entries
+    assert [type(layer) for layer in entry.cache.layers] == [GrowingLayer] * 2
+    assert {layer.capacity for layer in entry.cache.layers} == {BLOCK_TOKENS}
+    assert {layer.keys.dtype for layer in entry.cache.layers} == {torch.float32}

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from benchmarks.lookup import tasks
 from benchmarks.quality import CHUNK, by_step, compare, in_chunks, texts
 from streaming import GenerationRequest
 from streaming.engine.local import LocalEngine
 from streaming.errors import ModelUnavailable
 from streaming.models.int4 import PackedEmbedding, PackedLinear
-from streaming.models.llama_step import step_of
+from streaming.models.llama_step import LlamaStep, step_of
 from streaming.models.loading import load_model
 from streaming.models.packing import unpack
 from tests.conftest import skip_or_fail
@@ -100,3 +101,25 @@ def test_what_is_reused_predicts_what_is_read_anew_predicts(packed):
         cache.crop(-5)
     assert len(divergences) == 10
     assert max(divergences) <= 0.002
+
+
+@pytest.mark.parametrize("task", tasks())
+def test_guesses_change_when_tokens_come_and_never_which(packed, task, monkeypatch):
+    question, _ = tasks()[task]
+    request = GenerationRequest(messages=[{"role": "user", "content": question}], max_new_tokens=128, temperature=0)
+    step, read, said, n_steps = step_of(packed.model), LlamaStep.read, [], []
+
+    def count(self, pieces, wanted=(0,)):
+        n_steps[-1] += 1
+        return read(self, pieces, wanted)
+
+    monkeypatch.setattr(LlamaStep, "read", count)
+    for sizes in (step.guess_sizes, (0,)):
+        monkeypatch.setattr(LlamaStep, "guess_sizes", sizes)
+        n_steps.append(0)
+        engine = LocalEngine(lambda _: packed, max_cache_bytes=0)
+        said.append(engine.submit(request).result(timeout=120).token_ids)
+        engine.close()
+    assert said[0] == said[1]
+    assert len(said[0]) == 128
+    assert n_steps[0] < n_steps[1] if task.startswith("repeats") else n_steps[0] <= n_steps[1]

@@ -41,7 +41,7 @@ _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 class RemoteEngine:
     """Serve requests with the model `model` of the server at `base_url`, such as `http://127.0.0.1:8000/v1`.
 
-    `model` may be None where the server has one model only. A request that fails before its first token is tried again,
+    `model` may be None where the server has one model only. A request that fails before anything came is tried again,
     MAX_TRIES times in all. A setting that OpenAI's API lacks (top_k, min_p, repetition_penalty) is sent only when it is
     on, under the name that vLLM and SGLang have for it. Every public method may be called from any thread.
     """
@@ -181,7 +181,7 @@ class RemoteEngine:
             try:
                 return await self._stream(run, call, reader)
             except (openai.OpenAIError, ReplyCutOff) as error:
-                if n_tries == MAX_TRIES or reader.n_tokens or not is_worth_retrying(error):
+                if n_tries == MAX_TRIES or reader.has_begun or not is_worth_retrying(error):
                     raise
                 pause_s = FIRST_PAUSE_S * 2 ** (n_tries - 1)
                 logger.info("The server at %s failed (%s); trying again in %g s", self._host, error, pause_s)

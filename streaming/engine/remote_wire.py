@@ -73,6 +73,7 @@ class ReplyReader:
 
     def __init__(self, submitted_at: float, stop: Sequence[str] = ()) -> None:
         self.n_tokens = 0
+        self.has_begun = False  # whether anything of the reply came, which a stop string may hold back from the events
         self.finish_reason: str | None = None
         self._submitted_at = submitted_at
         self._first_s: float | None = None
@@ -102,6 +103,7 @@ class ReplyReader:
             if text and self._is_reasoning:
                 self._is_reasoning = False
                 tokens[0] = (AFTER_REASONING + tokens[0][0].lstrip("\n"), *tokens[0][1:])
+            self.has_begun = self.has_begun or bool(reasoning or tokens or choice.finish_reason)
             for token in tokens:
                 yield from self._events(token)
             self.finish_reason = choice.finish_reason or self.finish_reason

@@ -5,6 +5,7 @@ like. Tests of what every engine promises are in test_engine.py, over Brook's ow
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -180,20 +181,26 @@ class TestCounts:
             finish = ask(connect(server.url)).result(WAIT_S).finish
         assert (finish.n_prompt_tokens, finish.n_reused_tokens, finish.n_generated_tokens) == (30, 20, 7)
 
-    def test_logprobs_of_text_that_is_held_back_are_left_out(self, connect):
-        def told(*tokens):
-            content = [{"token": t, "logprob": -1.0, "bytes": None, "top_logprobs": []} for t in tokens]
-            return {"content": content, "refusal": None}
 
-        def reply(handler: Handler) -> None:
-            handler.begin()
-            for text, logprobs in (("ab", told("a", "b")), ("x", told("x", "y")), ("z", told("q"))):
-                choice = {"index": 0, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": None}
-                handler.send(chunk(choice))
-            handler.send(chunk({"index": 0, "delta": {}, "finish_reason": "stop"}))
-            handler.send("[DONE]")
+def telling(*chunks: tuple[str, Sequence[str]]):
+    """Reply to a chat with chunks of text, each with the tokens that its logprobs tell of."""
 
-        with fake_server(reply) as server:
+    def reply(handler: Handler) -> None:
+        handler.begin()
+        for text, told in chunks:
+            content = [{"token": token, "logprob": -1.0, "bytes": None, "top_logprobs": []} for token in told]
+            logprobs = {"content": content, "refusal": None}
+            choice = {"index": 0, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": None}
+            handler.send(chunk(choice))
+        handler.send(chunk({"index": 0, "delta": {}, "finish_reason": "stop"}))
+        handler.send("[DONE]")
+
+    return reply
+
+
+class TestLogprobs:
+    def test_those_of_text_that_is_held_back_are_left_out(self, connect):
+        with fake_server(telling(("ab", "ab"), ("x", "xy"), ("z", "q"))) as server:
             *tokens, _ = ask(connect(server.url), logprobs=1).events(timeout=WAIT_S)
         assert [(t.text, t.logprob) for t in tokens] == [("a", -1.0), ("b", -1.0), ("x", None), ("z", -1.0)]
 
@@ -272,6 +279,12 @@ class TestFailures:
             assert len(server.asked) == 1
         assert (result.text, result.finish.reason) == ("half", "error")
         assert result.finish.error.endswith("ended the reply in the middle; try again.")
+
+    def test_nor_after_text_that_is_held_back_for_a_stop_string(self, connect):
+        with fake_server(streaming("Hu", finish_reason=None), streaming("Hello there")) as server:
+            result = ask(connect(server.url), stop=["Human:"]).result(WAIT_S)
+            assert len(server.asked) == 1
+        assert (result.text, result.finish.reason) == ("Hu", "error")
 
     @pytest.mark.parametrize(
         ("reply", "says"),

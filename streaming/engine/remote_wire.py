@@ -131,6 +131,8 @@ class ReplyReader:
             yield self._event(tail, None, ())
 
     def _events(self, token: Token) -> Iterator[TokenEvent]:
+        if self.has_met_stop:
+            return
         text, logprob, top = token
         text = self._stop.feed(text)
         if text or logprob is not None:

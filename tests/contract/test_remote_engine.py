@@ -204,6 +204,12 @@ class TestLogprobs:
             *tokens, _ = ask(connect(server.url), logprobs=1).events(timeout=WAIT_S)
         assert [(t.text, t.logprob) for t in tokens] == [("a", -1.0), ("b", -1.0), ("x", None), ("z", -1.0)]
 
+    def test_tokens_after_a_stop_string_are_none_of_the_reply(self, connect):
+        with fake_server(telling(("one. two", ["one", ".", " two"]))) as server:
+            *tokens, finish = ask(connect(server.url), logprobs=1, stop=["."]).events(timeout=WAIT_S)
+        assert [(t.text, t.logprob) for t in tokens] == [("one", -1.0), ("", -1.0)]
+        assert (finish.reason, finish.n_generated_tokens) == ("stop", 2)
+
 
 class TestWhatIsSent:
     def test_settings_that_are_off_stay_here(self, connect):

@@ -19,7 +19,15 @@ from urllib.parse import urlsplit
 import openai
 
 from streaming.engine.base import SESSION_HEADER, EngineStatus, Generation, GenerationRequest, SamplingDefaults
-from streaming.engine.remote_wire import ReplyCutOff, ReplyReader, as_unavailable, explain, is_worth_retrying, to_call
+from streaming.engine.remote_wire import (
+    ReplyCutOff,
+    ReplyReader,
+    as_unavailable,
+    asked_pause_s,
+    explain,
+    is_worth_retrying,
+    to_call,
+)
 from streaming.errors import EngineClosed, GenerationFailed, ModelUnavailable, StreamTimeout
 from streaming.events import FinishReason, TokenEvent
 from streaming.log import EventLog
@@ -33,7 +41,9 @@ READY_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 10.0
 MAX_TRIES = 3
 FIRST_PAUSE_S = 0.5
-"""Before the second try; each later one waits twice as long."""
+"""Before the second try; each later one waits twice as long, and as long as the server asks for."""
+MAX_PAUSE_S = 30.0
+"""A server that asks for more is not asked again: it is for people to wait that long."""
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
@@ -181,9 +191,10 @@ class RemoteEngine:
             try:
                 return await self._stream(run, call, reader)
             except (openai.OpenAIError, ReplyCutOff) as error:
-                if n_tries == MAX_TRIES or reader.has_begun or not is_worth_retrying(error):
+                pause_s = max(FIRST_PAUSE_S * 2 ** (n_tries - 1), asked_pause_s(error))
+                is_last = n_tries == MAX_TRIES or pause_s > MAX_PAUSE_S
+                if is_last or reader.has_begun or not is_worth_retrying(error):
                     raise
-                pause_s = FIRST_PAUSE_S * 2 ** (n_tries - 1)
                 logger.info("The server at %s failed (%s); trying again in %g s", self._host, error, pause_s)
                 await asyncio.sleep(pause_s)
         raise AssertionError("the last try returns or raises")

@@ -1,7 +1,9 @@
 """OpenAI's API from the asking side: requests → calls, chunks → events, errors → words."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import openai
@@ -173,6 +175,18 @@ def is_worth_retrying(error: Exception) -> bool:
         return False  # it took the request and may still be at it
     worth = ReplyCutOff | openai.APIConnectionError | openai.RateLimitError | openai.InternalServerError
     return isinstance(error, worth)
+
+
+def asked_pause_s(error: Exception) -> float:
+    """Give how long the server wants to be left alone (Retry-After: seconds, or a date); 0 where it does not say."""
+    if not isinstance(error, openai.APIStatusError):
+        return 0.0
+    asked = error.response.headers.get("retry-after", "")
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(asked))
+    with contextlib.suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+    return 0.0
 
 
 def as_unavailable(error: Exception, host: str, read_timeout_s: float) -> ModelUnavailable:

@@ -270,6 +270,32 @@ class TestFailures:
             assert len(server.asked) == remote.MAX_TRIES
         assert finish.error.endswith("failed (no room); try again.")
 
+    @pytest.mark.parametrize("status", [429, 503])
+    def test_a_server_is_left_alone_for_as_long_as_it_asks(self, connect, status):
+        with fake_server(refusing(status, retry_after="0.3"), streaming("fine")) as server:
+            began = time.monotonic()
+            assert ask(connect(server.url)).result(WAIT_S).text == "fine"
+            assert time.monotonic() - began >= 0.3
+
+    @pytest.mark.parametrize("when", ["3600", "Fri, 31 Dec 9999 23:59:59 GMT"])
+    def test_nobody_waits_for_a_server_that_asks_for_too_long(self, connect, when):
+        with fake_server(refusing(429, {"error": {"message": "no more today"}}, retry_after=when)) as server:
+            finish = ask(connect(server.url)).result(WAIT_S).finish
+            assert len(server.asked) == 1
+        assert "is busy (no more today)" in finish.error
+
+    @pytest.mark.parametrize("when", ["soon", "-1", "nan", "Fri, 31 Dec 1999 23:59:59 GMT"])
+    def test_what_it_asks_for_may_mean_nothing(self, connect, when):
+        with fake_server(refusing(429, retry_after=when), streaming("fine")) as server:
+            assert ask(connect(server.url)).result(WAIT_S).text == "fine"
+
+    def test_stop_ends_such_a_pause_at_once(self, connect):
+        with fake_server(refusing(429, retry_after="29")) as server:
+            run = ask(connect(server.url))
+            wait_for(lambda: server.asked)
+            run.cancel()
+            assert run.result(10).finish.reason == "cancelled"
+
     def test_a_connection_that_breaks_before_the_first_token_is_made_again(self, connect):
         with fake_server(lambda handler: handler.begin(), streaming("fine")) as server:
             # Ended without a word: nothing says that the reply is whole.

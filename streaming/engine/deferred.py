@@ -38,7 +38,13 @@ def defer_engine(settings: Settings, model: str | None, make_room: MakeRoom) -> 
         if settings.base_url is not None:
             from streaming.engine.remote import RemoteEngine
 
-            return RemoteEngine(settings.base_url, model, os.environ.get(settings.api_key_env or ""))
+            return RemoteEngine(
+                settings.base_url,
+                model,
+                os.environ.get(settings.api_key_env or ""),
+                max_active=settings.max_active,
+                max_queued=settings.max_queued,
+            )
         from streaming.engine.load import load_engine
 
         return load_engine(

@@ -78,6 +78,7 @@ class ReplyReader:
         self.has_begun = False  # whether anything of the reply came, which a stop string may hold back from the events
         self.finish_reason: str | None = None
         self._submitted_at = submitted_at
+        self._queued_s = 0.0
         self._first_s: float | None = None
         self._last_s = 0.0
         self._is_reasoning = False
@@ -88,6 +89,10 @@ class ReplyReader:
     def has_met_stop(self) -> bool:
         """Whether the text has met a stop string: nothing more is wanted of the server."""
         return self._stop.matched is not None
+
+    def leave_queue(self) -> None:
+        """Take note that the request waits no longer."""
+        self._queued_s = time.perf_counter() - self._submitted_at
 
     def read(self, chunk: Any) -> Iterator[TokenEvent]:
         """Give the events of a ChatCompletionChunk or a Completion."""
@@ -122,6 +127,7 @@ class ReplyReader:
             n_reused_tokens=getattr(details, "cached_tokens", None) or 0,
             n_generated_tokens=n_generated,
             timings=Timings(
+                queued_s=self._queued_s,
                 ttft_s=self._first_s,
                 tokens_per_s=(n_generated - 1) / pace_s if n_generated > 1 and pace_s > 0 else None,
             ),

@@ -253,6 +253,39 @@ class TestWhatIsSent:
         assert "secret" not in str(server.asked[0]["headers"])
 
 
+class TestQueue:
+    def test_beyond_the_seats_people_take_turns_and_their_places_move(self, connect):
+        hold = threading.Event()
+
+        def reply(handler: Handler) -> None:
+            assert hold.wait(WAIT_S)
+            streaming("fine")(handler)
+
+        with fake_server(reply) as server:
+            engine = connect(server.url, n_seats=1)
+            runs = [ask(engine, f"{n}", owner=owner) for n, owner in enumerate(("ann", "ann", "ann", "bob"))]
+            assert [run.progress.n_ahead for run in runs] == [0, 1, 3, 2]
+            assert (engine.status().n_active, engine.status().n_queued) == (1, 3)
+            runs[1].cancel()
+            assert runs[1].result(0).finish.reason == "cancelled"
+            assert [run.progress.n_ahead for run in runs] == [0, 0, 1, 2]
+            hold.set()
+            finishes = [run.result(WAIT_S).finish for run in runs]
+            assert [asked["messages"][0]["content"] for asked in server.asked] == ["0", "2", "3"]
+        assert all(finish.timings.queued_s > finishes[0].timings.queued_s for finish in finishes[1:])
+        assert finishes[3].timings.ttft_s >= finishes[3].timings.queued_s
+        assert (engine.status().n_active, engine.status().n_queued) == (0, 0)
+
+    def test_closing_ends_those_who_wait(self, connect):
+        release = threading.Event()
+        with fake_server(lambda handler: release.wait(WAIT_S)) as server:
+            engine = connect(server.url, n_seats=1)
+            runs = [ask(engine) for _ in range(3)]
+            engine.close()
+            assert [run.result(0).finish.reason for run in runs] == ["cancelled"] * 3
+            release.set()
+
+
 class TestFailures:
     @pytest.fixture(autouse=True)
     def no_pauses(self, monkeypatch):

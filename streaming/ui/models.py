@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from streaming.engine.menu import MenuModel
+from streaming.engine.menu_model import MenuModel
 from streaming.errors import BrookError
 from streaming.server.runs import Runs
 from streaming.ui.session import Session

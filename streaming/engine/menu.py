@@ -82,18 +82,21 @@ class ModelMenu:
         return self.models[0]
 
     def find(self, name: str = "") -> MenuModel:
-        """Give a model by its name, or the first one; where the menu is open, by any name.
+        """Give a model by its name or its id, or the first one; where the menu is open, by any name.
 
         Raises:
             ModelNotFound: it is not on the menu.
         """
         with self._lock:
+            models = list(self._models.values())
             if not name:
-                return next(iter(self._models.values()))
-            if name not in self._models:
-                if not self.is_open:
-                    raise ModelNotFound(f"{name} is not one of the models that are offered here; choose one of those.")
-                self._models[name] = MenuModel(name, name, self.kind, self._make_engine)
+                return models[0]
+            found = self._models.get(name) or next((model for model in models if model.model_id == name), None)
+            if found is not None:
+                return found
+            if not self.is_open:
+                raise ModelNotFound(f"{name} is not one of the models that are offered here; choose one of those.")
+            self._models[name] = MenuModel(name, name, self.kind, self._make_engine)
             return self._models[name]
 
     def drop(self, model: MenuModel) -> None:

@@ -12,8 +12,8 @@ from streaming.engine.base import Engine, EngineStatus, Generation, GenerationRe
 class MenuModel:
     """One model of a menu: an Engine that loads when it is first needed, and again after it was unloaded.
 
-    `name` is what it is chosen by, `source` what `--model` names, None for the default model. What a loaded model said
-    of itself (`tokenizer`, `defaults`) stays known while it is unloaded.
+    `name` is what it is chosen by, `source` what `--model` names, None for the default model or a server's only one.
+    What a loaded model said of itself (`model_id`, `tokenizer`, `defaults`) stays known while it is unloaded.
     """
 
     def __init__(self, name: str, source: str | None, kind: str, make: Callable[["MenuModel"], Engine]) -> None:
@@ -27,6 +27,7 @@ class MenuModel:
         self._engine: Engine | None = None
         self._n_calls = 0
         self._runs: list[Generation] = []
+        self._model_id = name
         self._tokenizer: Any = None
         self._defaults: SamplingDefaults | None = None
 
@@ -68,7 +69,9 @@ class MenuModel:
     @property
     def model_id(self) -> str:
         engine = self._engine
-        return self.name if engine is None else engine.model_id
+        if engine is not None and engine.status().state == "ready":
+            self._model_id = engine.model_id
+        return self._model_id
 
     @property
     def tokenizer(self) -> Any:
@@ -97,7 +100,7 @@ class MenuModel:
 
     def status(self) -> EngineStatus:
         engine = self._engine
-        return EngineStatus("unloaded", self.name) if engine is None else engine.status()
+        return EngineStatus("unloaded", self.model_id) if engine is None else engine.status()
 
     def close(self) -> None:
         self.unload(even_in_use=True)

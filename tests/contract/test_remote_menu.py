@@ -9,7 +9,7 @@ from streaming.engine.menu import load_menu
 from streaming.errors import EngineBusy
 from streaming.settings import Settings
 from tests.fake_server import fake_server, streaming
-from tests.serving import WAIT_S, said
+from tests.serving import WAIT_S, ask, said, serving_api
 
 HELLO = said("hello")
 
@@ -38,3 +38,26 @@ def test_the_limits_hold(menu_of):
         assert menu.status().n_active == 3
         hold.set()
         assert [run.result(WAIT_S).text for run in runs] == ["fine"] * 3
+
+
+def test_a_model_that_was_not_named_is_called_what_the_server_calls_it_and_answers_to_either_name(menu_of):
+    with fake_server(streaming("fine")) as server:
+        menu = menu_of(server.url)
+        host = menu.model_id
+        assert host == f"127.0.0.1:{server.server_address[1]}"
+        menu.start()
+        assert menu.wait_ready(WAIT_S)
+        with serving_api(menu) as url:
+            assert [model["id"] for model in ask(f"{url}v1/models")[1]["data"]] == ["fake"]
+            assert [ask(f"{url}v1/models/{name}")[1]["id"] for name in ("fake", host)] == ["fake", "fake"]
+            for name in ("fake", host, None):
+                body = {"messages": HELLO} | ({"model": name} if name else {})
+                status, answer = ask(f"{url}v1/chat/completions", body)
+                assert (status, answer["model"]) == (200, "fake")
+            status, answer = ask(f"{url}v1/chat/completions", {"model": "other", "messages": HELLO})
+            assert (status, answer["error"]["message"]) == (
+                404,
+                "The model 'other' is not served here; there is 'fake'.",
+            )
+        assert menu.find("fake") is menu.find(host) is menu.first
+        assert [model.model_id for model in menu.models] == ["fake"]

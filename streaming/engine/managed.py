@@ -124,6 +124,7 @@ class ManagedBatch:
 
     def close(self) -> None:
         self._manager.stop(block=True, timeout=STOP_TIMEOUT_S, hard_stop=True)
+        del self._manager  # it holds the model, and they each other: the model's memory would wait for a collection
 
     def choose(self, name: str, scores: torch.Tensor) -> int:
         """Draw and write a request's next token from its scores `(1, vocab)`; called by the manager's thread."""

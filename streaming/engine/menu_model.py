@@ -45,6 +45,7 @@ class MenuModel:
                 return 0
             engine, self._engine = self._engine, None
             n_bytes, self.n_bytes = self.n_bytes, 0
+            self._runs = []  # each holds the engine that wrote it, and what that has kept
         engine.close()
         return n_bytes
 

@@ -207,6 +207,26 @@ class TestRoom:
         gc.collect()
         assert weights() is None
 
+    @pytest.mark.parametrize("engine", ["local", "batched"])
+    def test_a_switch_frees_the_model_before_and_all_that_was_kept_for_it(self, menu_of, folders, engine):
+        menu = menu_of(*folders[:2], model_memory=1, engine=engine)
+        menu._max_bytes = N_BYTES + 100
+        menu.submit(request(folders[0])).result(WAIT_S)
+        assert menu.status().n_cache_bytes > 0
+        before = menu.find(folders[0])._engine._engine
+        gone = [weakref.ref(one) for one in (before, before._loaded.model, before._prefixes)]
+        del before
+        # Nothing waits for the garbage collector: memory is counted right after, for the model that needs it.
+        gc.collect()
+        gc.disable()
+        try:
+            assert menu.find(folders[1]).wait_ready(WAIT_S)
+            assert [one() for one in gone] == [None] * 3
+        finally:
+            gc.enable()
+        assert [model.status().n_cache_bytes for model in menu.models] == [0, 0]
+        assert list(states(menu).values()) == ["unloaded", "ready"]
+
     def test_people_who_switch_at_random_all_get_their_replies(self, scripted):
         names = ["a", "b", "c", "d"]
         one = scripted(*names, n_free=PLENTY, max_bytes=350)

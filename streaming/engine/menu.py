@@ -102,8 +102,10 @@ class ModelMenu:
     def drop(self, model: MenuModel) -> None:
         """Take a model that was not listed, and turned out not to be had, off the menu."""
         with self._lock:
-            if model.name not in self._listed and model.status().state == "failed":
-                self._models.pop(model.name, None)
+            if model.name in self._listed or model.status().state != "failed":
+                return
+            self._models.pop(model.name, None)
+        model.close()
 
     def start(self) -> None:
         """Begin to load the first model."""

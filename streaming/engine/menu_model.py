@@ -1,5 +1,6 @@
 """One model of a menu: it loads when it is first asked for something, and leaves when another needs its room."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from streaming.engine.base import Engine, EngineStatus, Generation, GenerationRequest, SamplingDefaults
+from streaming.errors import ModelUnavailable
+
+RETRY_S = 5.0
+"""How long requests are told why a model could not be loaded before one tries again: a try may take minutes."""
 
 
 class MenuModel:
@@ -25,6 +30,7 @@ class MenuModel:
         self._make = make
         self._lock = threading.Lock()
         self._engine: Engine | None = None
+        self._failed_at = math.inf  # when whoever asked was first told that the engine has failed
         self._n_calls = 0
         self._runs: list[Generation] = []
         self._model_id = name
@@ -32,11 +38,9 @@ class MenuModel:
         self._defaults: SamplingDefaults | None = None
 
     def load(self) -> None:
-        """Begin to load the model where it is not, also where that failed before."""
+        """Begin to load the model where it is not, also where that failed just before."""
         with self._lock:
-            if self._engine is not None and self._engine.status().state == "failed":
-                self._engine = None
-            self._start()
+            self._start(at_once=True)
 
     def unload(self, *, even_in_use: bool = False) -> int:
         """Free its memory, unless it is in use, or then too, and cancel what it writes; give the bytes freed."""
@@ -118,17 +122,28 @@ class MenuModel:
                 raise
         try:
             yield engine
+        except ModelUnavailable:
+            with self._lock:
+                if engine is self._engine:
+                    self._failed_at = min(self._failed_at, time.monotonic())
+            raise
         finally:
             with self._lock:
                 self._n_calls -= 1
                 self.used_at = time.monotonic()
 
-    def _start(self) -> Engine:
-        """Give the engine, begun to load if it was not there; the lock is held."""
-        if self._engine is None:
-            self.n_bytes = 0  # until it is known
-            self._engine = self._make(self)
-        return self._engine
+    def _start(self, *, at_once: bool = False) -> Engine:
+        """Give the engine, begun to load if it is not there, or failed a while ago; the lock is held."""
+        before = self._engine
+        is_due = at_once or time.monotonic() - self._failed_at >= RETRY_S
+        if before is not None and not (is_due and before.status().state == "failed"):
+            return before
+        self.n_bytes = 0  # until it is known
+        self._failed_at = math.inf
+        self._engine = engine = self._make(self)
+        if before is not None and before is not engine:
+            before.close()
+        return engine
 
     def _is_in_use(self) -> bool:
         """Say whether it must stay; the lock is held."""

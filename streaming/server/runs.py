@@ -230,7 +230,6 @@ class Runs:
         reply.done.set_exception(refusal)
 
     def _generate(self, reply: LiveReply, build_request: Callable[[], GenerationRequest]) -> None:
-        reply.model.load()
         while reply.stop_reason is None and not reply.model.wait_ready(POLL_S):
             reply.check_watched()
         generation = None

@@ -35,14 +35,12 @@ class ModelHandlers:
         """Show what there is when the page opens, with the model that the tab had before a reload."""
         session.model = str((tab or {}).get("model", ""))
         model = self.of(session)
-        if not any(model.is_loaded for model in self._menu.models):
-            model.load()
         try:
-            while model.status().state == "loading" and not model.wait_ready(0):
+            if not any(model.is_loaded for model in self._menu.models):
+                model.load()
+            while model.status().state in ("loading", "failed") and not model.wait_ready(0):
                 yield self._about(model, loading=model)
                 await asyncio.sleep(POLL_S)
-            if model.status().state == "failed":
-                model.wait_ready(0)
             yield self._about(model)
         except BrookError as error:
             yield self._about(model, problem=str(error), failed=True)

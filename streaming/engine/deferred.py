@@ -1,5 +1,6 @@
 """An engine that is made in the background, so that the page is there before torch is imported."""
 
+import copy
 import logging
 import os
 import threading
@@ -123,7 +124,7 @@ class DeferredEngine:
     def _run(self) -> None:
         try:
             self._engine = self._make()
-        except Exception as error:
+        except BaseException as error:  # a module that is imported may do anything, also leave
             if not isinstance(error, ModelUnavailable):
                 logger.exception("The engine could not be made")
                 error = ModelUnavailable(f"The engine could not be started ({type(error).__name__}: {error}).")
@@ -135,7 +136,7 @@ class DeferredEngine:
         if not self._made.wait(MAKE_TIMEOUT_S):
             raise StreamTimeout(f"The engine did not start within {MAKE_TIMEOUT_S:g} s.")
         if self._error is not None:
-            raise self._error
+            raise copy.copy(self._error)  # one that is raised again and again keeps the frames of all who asked
         if self._engine is None:
             raise EngineClosed("The engine was closed; load it again.")
         return self._engine

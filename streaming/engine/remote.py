@@ -6,6 +6,7 @@ the server. Servers give text, not token ids: there is no tokenizer, and every T
 
 import asyncio
 import contextlib
+import copy
 import hashlib
 import logging
 import secrets
@@ -135,11 +136,13 @@ class RemoteEngine:
 
     def wait_ready(self, timeout: float | None = None) -> bool:
         try:
-            self._found.result(timeout)
+            failure = self._found.exception(timeout)
         except TimeoutError:
             return False
         except CancelledError as error:
             raise EngineClosed("The engine was closed; load it again.") from error
+        if failure is not None:
+            raise copy.copy(failure)  # one that is raised again and again keeps the frames of all who asked
         return True
 
     def status(self) -> EngineStatus:

@@ -393,8 +393,11 @@ class TestTheServerItself:
             engine.wait_ready(WAIT_S)
         assert time.monotonic() - began < 2
         assert engine.status().state == "failed"
-        with pytest.raises(ModelUnavailable):
+        with pytest.raises(ModelUnavailable) as first:
             ask(engine)
+        with pytest.raises(ModelUnavailable) as second:
+            ask(engine)
+        assert first.value is not second.value, "what each raises would hold the frames of all"
 
     def test_several_models_have_to_be_told_apart(self, connect):
         with fake_server(streaming("x")) as server:

@@ -4,9 +4,10 @@ import threading
 
 import pytest
 
+from streaming.engine import menu_model
 from streaming.engine.base import GenerationRequest
 from streaming.engine.menu import load_menu
-from streaming.errors import EngineBusy
+from streaming.errors import EngineBusy, ModelUnavailable
 from streaming.settings import Settings
 from tests.fake_server import fake_server, streaming
 from tests.serving import WAIT_S, ask, said, serving_api
@@ -61,3 +62,18 @@ def test_a_model_that_was_not_named_is_called_what_the_server_calls_it_and_answe
             )
         assert menu.find("fake") is menu.find(host) is menu.first
         assert [model.model_id for model in menu.models] == ["fake"]
+
+
+def test_a_server_that_could_not_be_used_is_asked_again_and_nothing_of_the_first_try_stays(menu_of, monkeypatch):
+    monkeypatch.setattr(menu_model, "RETRY_S", 0.0)
+    with fake_server(streaming("fine")) as server:
+        served, server.models = server.models, {"object": "list", "data": []}
+        menu = menu_of(server.url)
+        threads = set(threading.enumerate())
+        for _ in range(3):
+            with pytest.raises(ModelUnavailable, match="it has none"):
+                menu.submit(GenerationRequest(messages=HELLO))
+        server.models = served
+        assert menu.submit(GenerationRequest(messages=HELLO)).result(WAIT_S).text == "fine"
+        started = [thread.name for thread in set(threading.enumerate()) - threads]
+        assert [name for name in started if name == "brook-engine"] == ["brook-engine"]

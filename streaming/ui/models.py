@@ -79,8 +79,8 @@ class ModelHandlers:
     def _about(
         self, model: MenuModel, *, loading: MenuModel | None = None, problem: str = "", failed: bool = False
     ) -> dict[str, Any]:
-        status = None if loading is None else loading.status()
-        is_known = status is None and not failed and model.status().state == "ready"
+        status, own = None if loading is None else loading.status(), model.status()
+        is_known = status is None and not failed and own.state == "ready"
         return {
             "model": model.name,
             "models": [
@@ -91,5 +91,6 @@ class ModelHandlers:
             "loading": None if status is None else {"words": describe_loading(status), "part": status.part},
             "problem": problem,
             "failed": failed,
+            "note": own.detail if is_known else "",
             "tags": [list(pair) for pair in self._runs.tags(model).pairs] if is_known else None,
         }

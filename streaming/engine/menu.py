@@ -81,8 +81,8 @@ class ModelMenu:
         """The model at the start."""
         return self.models[0]
 
-    def find(self, name: str = "") -> MenuModel:
-        """Give a model by its name or its id, or the first one; where the menu is open, by any name.
+    def find(self, name: str = "", *, may_add: bool = True) -> MenuModel:
+        """Give a model by its name or its id, or the first one; where the menu is open, to who `may_add`, by any name.
 
         Raises:
             ModelNotFound: it is not on the menu.
@@ -94,7 +94,7 @@ class ModelMenu:
             found = self._models.get(name) or next((model for model in models if model.model_id == name), None)
             if found is not None:
                 return found
-            if not self.is_open:
+            if not (self.is_open and may_add):
                 raise ModelNotFound(f"{name} is not one of the models that are offered here; choose one of those.")
             self._models[name] = MenuModel(name, name, self.kind, self._make_engine)
             return self._models[name]

@@ -137,11 +137,15 @@ class TestChoosing:
         one = scripted("a", is_open=True)
         one.use("b")
         assert list(states(one.menu)) == ["a", "b"]
+        with pytest.raises(ModelNotFound, match="not one of the models"):
+            one.menu.find("c", may_add=False)
+        assert one.menu.find("b", may_add=False).name == "b"
 
     def test_what_is_shared_is_not_open(self, menu_of):
         assert menu_of("a").is_open
         assert not menu_of("a", share=True).is_open
         assert not menu_of("a", host="0.0.0.0").is_open
+        assert not menu_of("a", auth=(("ann", "pw"),)).is_open
 
     def test_a_menu_of_one_engine_is_that_engine(self):
         engine = LocalEngine(lambda progress: loaded(tiny_llama()), "only")

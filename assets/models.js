@@ -76,18 +76,19 @@
 
     function show({ model = "", models = [], open = false, loading = null, problem: trouble = "", failed = false }) {
       const current = models.find(({ id }) => id === model);
-      name.textContent = short(current ? current.label : model);
-      name.title = model;
+      const id = current ? current.label : model;
+      name.textContent = short(id);
+      name.title = id;
       root.dataset.state = failed ? "failed" : loading ? "loading" : "ready";
       const hasChoice = open || models.length > 1;
       opener.disabled = !hasChoice;
-      opener.setAttribute("aria-label", hasChoice ? `Model: ${model}. Choose another` : `Model: ${model}`);
+      opener.setAttribute("aria-label", hasChoice ? `Model: ${id}. Choose another` : `Model: ${id}`);
       form.hidden = !open;
       list.replaceChildren(
         ...models.map(({ id, label: words, state }) => {
           const item = element("button", "model-item");
           item.type = "button";
-          item.title = id;
+          item.title = words;
           if (id === model) item.setAttribute("aria-current", "true");
           const label = element("span", "");
           label.textContent = short(words);

@@ -10,6 +10,7 @@
   brook.busy = false;
   brook.tags = [["<think>", "</think>"]];
   let readiness = "";
+  let note = ""; // what is worth knowing of how the model serves, where nothing else is told
   let keeping = ""; // what is wrong with the keeping of conversations, in words
 
   brook.setKeeping = function (words) {
@@ -89,7 +90,7 @@
     shown = { words, state };
     const line = byId("status-line");
     if (!line) return;
-    const text = words || (state === "idle" ? readiness : "");
+    const text = words || (state === "idle" ? readiness || note : "");
     if (line.textContent !== text) line.textContent = text;
     // Readers of the screen hear how it begins and ends, not every token.
     line.setAttribute("aria-live", state === "reading" || state === "writing" ? "off" : "polite");
@@ -134,6 +135,7 @@
       const about = props.value || {};
       models.show(about);
       readiness = about.loading ? about.loading.words : about.failed ? about.problem : "";
+      note = about.note || "";
       if (about.models) {
         model = about.model;
         store("brook-model", model, () => sessionStorage);

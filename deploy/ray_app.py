@@ -34,7 +34,8 @@ DRAIN_S = 120.0
 class Options(BaseModel):
     """What `serve run deploy.ray_app:build name=value …` takes.
 
-    `target_ongoing_requests` is how many requests a replica should have under way: more bring another replica.
+    `target_ongoing_requests` is how many requests a replica should have under way, which serves that many at once: more
+    bring another replica. `max_active` and `max_queued` bound those of one session, and those that wait, in each.
     `api_keys` are separated by commas; without any, the API answers programs on its own machine alone.
     """
 
@@ -43,7 +44,9 @@ class Options(BaseModel):
     quantize: str = "auto"
     min_replicas: int = 1
     max_replicas: int = 4
-    target_ongoing_requests: float = 2.0
+    target_ongoing_requests: float = 8.0
+    max_active: int = 16
+    max_queued: int = 128
     cpus_per_replica: float = 1.0
     gpus_per_replica: float = 0.0
     api_keys: str = ""
@@ -63,7 +66,15 @@ class Replica:
     """One engine and its API."""
 
     def __init__(self, options: Options) -> None:
-        self._engine = MeteredEngine(load_engine(options.model, device=options.device, quantize=options.quantize))
+        engine = load_engine(
+            options.model,
+            engine="auto",
+            device=options.device,
+            quantize=options.quantize,
+            max_active=options.max_active,
+            max_queued=options.max_queued,
+        )
+        self._engine = MeteredEngine(engine)
         self._access = Access([key for key in options.api_keys.split(",") if key], is_public=False)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

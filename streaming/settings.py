@@ -73,8 +73,9 @@ class Settings:
 
     @property
     def is_shared(self) -> bool:
-        """Whether people on other machines can reach the app."""
-        return self.is_public or self.host not in ("127.0.0.1", "localhost", "::1")
+        """Whether others than its owner are to reach the app: from other machines, or with passwords or keys."""
+        is_home = self.host in ("127.0.0.1", "localhost", "::1")
+        return self.is_public or not is_home or bool(self.auth or self.api_key)
 
 
 def load_settings(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> Settings:

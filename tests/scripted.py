@@ -1,5 +1,6 @@
 """A real engine on a scripted model that is told in the message what to say, so that tests of the page can steer it."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -34,13 +35,14 @@ class ScriptedEngine(LocalEngine):
     other message is said back. Plain prompts go on with " and so on".
     """
 
-    def __init__(self, load: Callable[[Any], LoadedModel] | None = None, **limits: int) -> None:
+    def __init__(self, load: Callable[[Any], LoadedModel] | None = None, name: str = "tiny", **limits: int) -> None:
         self.model = ScriptedModel()
         self.before = self.model.at = _Before()
         self.failed: set[str] = set()
         self.held = threading.Event()
         self.go = threading.Event()
-        super().__init__(load or (lambda progress: loaded(self.model, n_context=N_CONTEXT)), "scripted", **limits)
+        own = dataclasses.replace(loaded(self.model, n_context=N_CONTEXT), model_id=name)
+        super().__init__(load or (lambda progress: own), "scripted", **limits)
 
     def _serve(self, run: Run, loaded_model: LoadedModel) -> None:
         request = run.generation.request

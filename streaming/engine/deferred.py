@@ -1,5 +1,6 @@
 """An engine that is made in the background, so that the page is there before torch is imported."""
 
+import copy
 import logging
 import os
 import threading
@@ -38,7 +39,13 @@ def defer_engine(settings: Settings, model: str | None, make_room: MakeRoom) -> 
         if settings.base_url is not None:
             from streaming.engine.remote import RemoteEngine
 
-            return RemoteEngine(settings.base_url, model, os.environ.get(settings.api_key_env or ""))
+            return RemoteEngine(
+                settings.base_url,
+                model,
+                os.environ.get(settings.api_key_env or ""),
+                max_active=settings.max_active,
+                max_queued=settings.max_queued,
+            )
         from streaming.engine.load import load_engine
 
         return load_engine(
@@ -117,7 +124,7 @@ class DeferredEngine:
     def _run(self) -> None:
         try:
             self._engine = self._make()
-        except Exception as error:
+        except BaseException as error:  # a module that is imported may do anything, also leave
             if not isinstance(error, ModelUnavailable):
                 logger.exception("The engine could not be made")
                 error = ModelUnavailable(f"The engine could not be started ({type(error).__name__}: {error}).")
@@ -129,7 +136,7 @@ class DeferredEngine:
         if not self._made.wait(MAKE_TIMEOUT_S):
             raise StreamTimeout(f"The engine did not start within {MAKE_TIMEOUT_S:g} s.")
         if self._error is not None:
-            raise self._error
+            raise copy.copy(self._error)  # one that is raised again and again keeps the frames of all who asked
         if self._engine is None:
             raise EngineClosed("The engine was closed; load it again.")
         return self._engine

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import psutil
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import (
@@ -33,6 +32,7 @@ from streaming.engine.base import Progress
 from streaming.engine.batch import End, choose_token
 from streaming.engine.run import Run
 from streaming.errors import GenerationCancelled
+from streaming.models.device import free_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +127,7 @@ class ManagedBatch:
 
     def close(self) -> None:
         self._manager.stop(block=True, timeout=STOP_TIMEOUT_S, hard_stop=True)
+        del self._manager  # it holds the model, and they each other: the model's memory would wait for a collection
 
     def choose(self, name: str, scores: torch.Tensor) -> int:
         """Draw and write a request's next token from its scores `(1, vocab)`; called by the manager's thread."""
@@ -219,8 +220,6 @@ def _count_blocks(model: Any, n_context: int, n_seats: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     page_bytes = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * PAGE_TOKENS
-    is_cuda = device.type == "cuda"
-    n_free: int = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
-    share = _MEMORY_SHARE["cuda" if is_cuda else "cpu"]
-    n_fit: int = int(n_free * share) // page_bytes
+    share = _MEMORY_SHARE["cuda" if device.type == "cuda" else "cpu"]
+    n_fit: int = int(free_bytes(device) * share) // page_bytes
     return max(2, min(n_seats * -(-n_context // PAGE_TOKENS), n_fit))

@@ -1,7 +1,9 @@
 """OpenAI's API from the asking side: requests → calls, chunks → events, errors → words."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import openai
@@ -73,8 +75,10 @@ class ReplyReader:
 
     def __init__(self, submitted_at: float, stop: Sequence[str] = ()) -> None:
         self.n_tokens = 0
+        self.has_begun = False  # whether anything of the reply came, which a stop string may hold back from the events
         self.finish_reason: str | None = None
         self._submitted_at = submitted_at
+        self._queued_s = 0.0
         self._first_s: float | None = None
         self._last_s = 0.0
         self._is_reasoning = False
@@ -85,6 +89,10 @@ class ReplyReader:
     def has_met_stop(self) -> bool:
         """Whether the text has met a stop string: nothing more is wanted of the server."""
         return self._stop.matched is not None
+
+    def leave_queue(self) -> None:
+        """Take note that the request waits no longer."""
+        self._queued_s = time.perf_counter() - self._submitted_at
 
     def read(self, chunk: Any) -> Iterator[TokenEvent]:
         """Give the events of a ChatCompletionChunk or a Completion."""
@@ -102,6 +110,7 @@ class ReplyReader:
             if text and self._is_reasoning:
                 self._is_reasoning = False
                 tokens[0] = (AFTER_REASONING + tokens[0][0].lstrip("\n"), *tokens[0][1:])
+            self.has_begun = self.has_begun or bool(reasoning or tokens or choice.finish_reason)
             for token in tokens:
                 yield from self._events(token)
             self.finish_reason = choice.finish_reason or self.finish_reason
@@ -118,6 +127,7 @@ class ReplyReader:
             n_reused_tokens=getattr(details, "cached_tokens", None) or 0,
             n_generated_tokens=n_generated,
             timings=Timings(
+                queued_s=self._queued_s,
                 ttft_s=self._first_s,
                 tokens_per_s=(n_generated - 1) / pace_s if n_generated > 1 and pace_s > 0 else None,
             ),
@@ -129,6 +139,8 @@ class ReplyReader:
             yield self._event(tail, None, ())
 
     def _events(self, token: Token) -> Iterator[TokenEvent]:
+        if self.has_met_stop:
+            return
         text, logprob, top = token
         text = self._stop.feed(text)
         if text or logprob is not None:
@@ -169,6 +181,18 @@ def is_worth_retrying(error: Exception) -> bool:
         return False  # it took the request and may still be at it
     worth = ReplyCutOff | openai.APIConnectionError | openai.RateLimitError | openai.InternalServerError
     return isinstance(error, worth)
+
+
+def asked_pause_s(error: Exception) -> float:
+    """Give how long the server wants to be left alone (Retry-After: seconds, or a date); 0 where it does not say."""
+    if not isinstance(error, openai.APIStatusError):
+        return 0.0
+    asked = error.response.headers.get("retry-after", "")
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(asked))
+    with contextlib.suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
+    return 0.0
 
 
 def as_unavailable(error: Exception, host: str, read_timeout_s: float) -> ModelUnavailable:

@@ -75,9 +75,10 @@ def require_memory(n_bytes: int, device: torch.device, model_id: str) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Count the bytes that `device` has free."""
+    """Count the bytes that `device` has free: with what torch keeps of tensors that are gone, for those to come."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        n_kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + n_kept
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     return int(psutil.virtual_memory().available)

@@ -1,4 +1,4 @@
-"""Who may ask the API: with keys, whoever has one; without, programs on this machine alone.
+"""Who may ask the API: with keys, whoever has one; without, programs on this machine alone. And who is on this machine.
 
 A browser on this machine is not asked by its owner alone: any site that it shows can send requests to loopback
 addresses. Browsers name that site in `Origin`, or, once a name of the site's points to this machine (DNS rebinding), in
@@ -42,7 +42,7 @@ class Access:
             return f"{self._owner_by_key(request.headers.get('authorization', ''))} {session}"
         if self._is_public:
             raise _refusal("The API is closed to everyone on a shared page; start Brook with --api-key to open it.")
-        if not _is_local(request):
+        if not is_local(request):
             raise _refusal("The API answers this machine alone; start Brook with --api-key to open it to others.")
         return f"api {session}"
 
@@ -64,7 +64,7 @@ def _refusal(message: str) -> ApiError:
     return ApiError(403, message, type="permission_error", code="api_closed")
 
 
-def _is_local(request: Request) -> bool:
+def is_local(request: Request) -> bool:
     """Whether a program on this machine sent the request, by itself."""
     headers, host = request.headers, request.headers.get("host", "")
     origin = headers.get("origin")

@@ -40,7 +40,10 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 def build_api_routes(
     engine: Engine, access: Access, models: Callable[[], Mapping[str, Engine]] | None = None
 ) -> tuple[BaseRoute, ...]:
-    """Give the routes under `/v1`, for `launch_app`. `models` tells those that the engine has, in order."""
+    """Give the routes under `/v1`, for `launch_app`.
+
+    `models` tells those that the engine has, in order, by the names that they answer to; each is listed by its id.
+    """
     api = _Api(engine, access, models or (lambda: {engine.model_id: engine}))
     return (
         Route("/v1/models", _answering(api.models), methods=["GET"]),
@@ -63,11 +66,11 @@ class _Api:
 
     async def models(self, request: Request) -> Response:
         self._access.owner_of(request)
-        return JSONResponse({"object": "list", "data": [self._describe(name) for name in self._models()]})
+        return JSONResponse({"object": "list", "data": [self._describe(name) for name in self._ids()]})
 
     async def model(self, request: Request) -> Response:
         self._access.owner_of(request)
-        return JSONResponse(self._describe(self._require(request.path_params["model"])))
+        return JSONResponse(self._describe(self._require(request.path_params["model"]).model_id))
 
     async def chat(self, request: Request) -> Response:
         return await self._answer(request, parse_chat, "chatcmpl-")
@@ -86,8 +89,9 @@ class _Api:
             answer, after = self._find(last_event_id, owner)
             return _EventStream(self._frames(answer, after), self._answers.reading(answer))
         asked = parse(await _read_json(request), owner)
-        model_id = self._require(asked.model)
-        if self._models()[model_id].status().state == "loading":
+        model = self._require(asked.model)
+        model_id = model.model_id
+        if model.status().state == "loading":
             raise ApiError(503, "The model is still loading; try again.", type="server_error", code="model_loading")
         requests = [replace(request, model=model_id) for request in asked.requests]
         runs = await asyncio.to_thread(_submit, self._engine, requests)
@@ -176,20 +180,23 @@ class _Api:
         tokenizer = self._models()[answer.model_id].tokenizer
         return frozenset() if tokenizer is None else frozenset(tokenizer.all_special_ids)
 
-    def _require(self, model: str | None) -> str:
-        """Give the id of the model that is asked for: the first one where none is named."""
-        names = list(self._models())
-        if model in (None, NO_MODEL):
-            return names[0]
-        if model not in names:
-            offered = ", ".join(map(repr, names))
+    def _ids(self) -> list[str]:
+        return list(dict.fromkeys(model.model_id for model in self._models().values()))
+
+    def _require(self, model: str | None) -> Engine:
+        """Give the model that is asked for: the first one where none is named."""
+        models = self._models()
+        if model is None or model == NO_MODEL:
+            return next(iter(models.values()))
+        if model not in models:
+            offered = ", ".join(map(repr, self._ids()))
             raise ApiError(
                 404,
                 f"The model {model!r} is not served here; there is {offered}.",
                 param="model",
                 code="model_not_found",
             )
-        return model
+        return models[model]
 
     def _describe(self, model_id: str) -> dict[str, Any]:
         return {"id": model_id, "object": "model", "created": self._started, "owned_by": "brook"}

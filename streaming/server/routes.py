@@ -1,5 +1,7 @@
 """What the app serves beside the page, for programs: the API and the metrics."""
 
+from collections.abc import Mapping
+
 from starlette.routing import BaseRoute
 
 from streaming.engine.base import Engine
@@ -15,6 +17,11 @@ def meter(menu: ModelMenu, settings: Settings) -> tuple[Engine, tuple[BaseRoute,
     metered = MeteredEngine(menu)
     access = Access(settings.api_key, is_public=settings.is_public)
     return metered, (
-        *build_api_routes(metered, access, lambda: {model.name: model for model in menu.models}),
+        *build_api_routes(metered, access, lambda: _names_of(menu)),
         metrics_route(metered, access),
     )
+
+
+def _names_of(menu: ModelMenu) -> Mapping[str, Engine]:
+    """Give the models by what they may be called: by what each is, and by what it was before that was known."""
+    return {name: model for model in menu.models for name in (model.model_id, model.name)}

@@ -16,7 +16,8 @@ from typing import Any
 from streaming.conversations.store import Store
 from streaming.conversations.tree import Message, Reason, new_id
 from streaming.engine.base import Engine, Generation, GenerationRequest
-from streaming.engine.menu import MenuModel, ModelMenu
+from streaming.engine.menu import ModelMenu
+from streaming.engine.menu_model import MenuModel
 from streaming.errors import BrookError, GenerationFailed
 from streaming.events import TokenEvent
 from streaming.reasoning import ReasoningTags, begins_in_reasoning, find_tags
@@ -229,7 +230,6 @@ class Runs:
         reply.done.set_exception(refusal)
 
     def _generate(self, reply: LiveReply, build_request: Callable[[], GenerationRequest]) -> None:
-        reply.model.load()
         while reply.stop_reason is None and not reply.model.wait_ready(POLL_S):
             reply.check_watched()
         generation = None

@@ -1,13 +1,15 @@
 """The header's menu of models: what it shows, and what happens when someone chooses one."""
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
-from streaming.engine.menu import MenuModel
+from streaming.engine.menu_model import MenuModel
 from streaming.errors import BrookError
+from streaming.server.access import is_local
 from streaming.server.runs import Runs
 from streaming.ui.session import Session
 from streaming.ui.settings_panel import offer_defaults
@@ -31,44 +33,44 @@ class ModelHandlers:
         offered = {model.name: model for model in self._menu.models}
         return offered.get(session.model, self._menu.first)
 
-    async def greet(self, session: Session, tab: Mapping[str, Any] | None) -> About:
+    async def greet(self, session: Session, tab: Mapping[str, Any] | None, request: gr.Request) -> About:
         """Show what there is when the page opens, with the model that the tab had before a reload."""
+        about = functools.partial(self._about, request)
         session.model = str((tab or {}).get("model", ""))
         model = self.of(session)
-        if not any(model.is_loaded for model in self._menu.models):
-            model.load()
         try:
-            while model.status().state == "loading" and not model.wait_ready(0):
-                yield self._about(model, loading=model)
+            if not any(model.is_loaded for model in self._menu.models):
+                model.load()
+            while model.status().state in ("loading", "failed") and not model.wait_ready(0):
+                yield about(model, loading=model)
                 await asyncio.sleep(POLL_S)
-            if model.status().state == "failed":
-                model.wait_ready(0)
-            yield self._about(model)
+            yield about(model)
         except BrookError as error:
-            yield self._about(model, problem=str(error), failed=True)
+            yield about(model, problem=str(error), failed=True)
 
-    async def choose(self, session: Session, _tab: Any, event: gr.EventData) -> About:
+    async def choose(self, session: Session, _tab: Any, event: gr.EventData, request: gr.Request) -> About:
         """Load a model, and have it answer once it is there; where it cannot be had, the one before stays."""
+        about = functools.partial(self._about, request)
         before = self.of(session)
         session.n_chosen += 1
         n_chosen = session.n_chosen
         try:
-            model = self._menu.find(str(event._data["name"]))
+            model = self._menu.find(str(event._data["name"]), may_add=_is_local(request))
         except BrookError as error:
-            yield self._about(before, problem=str(error))
+            yield about(before, problem=str(error))
             return
         try:
             await asyncio.to_thread(model.load)
             while not model.wait_ready(0):
                 if session.n_chosen != n_chosen:  # another one was chosen meanwhile; this one loads on for later
                     return
-                yield self._about(before, loading=model)
+                yield about(before, loading=model)
                 await asyncio.sleep(POLL_S)
             session.model = model.name
-            yield self._about(model)
+            yield about(model)
         except BrookError as error:
             self._menu.drop(model)
-            yield self._about(before, problem=str(error))
+            yield about(before, problem=str(error))
 
     async def offer(self, session: Session, *values: Any) -> Sequence[Any]:
         """Show the model's own defaults in the settings that nobody changed."""
@@ -79,19 +81,31 @@ class ModelHandlers:
         return offer_defaults(values, session.defaults, before)
 
     def _about(
-        self, model: MenuModel, *, loading: MenuModel | None = None, problem: str = "", failed: bool = False
+        self,
+        request: gr.Request,
+        model: MenuModel,
+        *,
+        loading: MenuModel | None = None,
+        problem: str = "",
+        failed: bool = False,
     ) -> dict[str, Any]:
-        status = None if loading is None else loading.status()
-        is_known = status is None and not failed and model.status().state == "ready"
+        status, own = None if loading is None else loading.status(), model.status()
+        is_known = status is None and not failed and own.state == "ready"
         return {
             "model": model.name,
             "models": [
                 {"id": other.name, "label": other.model_id, "state": other.status().state}
                 for other in self._menu.models
             ],
-            "open": self._menu.is_open,
+            "open": self._menu.is_open and _is_local(request),
             "loading": None if status is None else {"words": describe_loading(status), "part": status.part},
             "problem": problem,
             "failed": failed,
+            "note": own.detail if is_known else "",
             "tags": [list(pair) for pair in self._runs.tags(model).pairs] if is_known else None,
         }
+
+
+def _is_local(request: gr.Request) -> bool:
+    """Whether the page is open on this machine, and nothing stands between that others may reach it through."""
+    return request.request is not None and is_local(request.request)

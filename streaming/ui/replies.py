@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from streaming.conversations.tree import Message
 from streaming.engine.base import GenerationRequest
-from streaming.engine.menu import MenuModel
+from streaming.engine.menu_model import MenuModel
 from streaming.events import FinishEvent
 from streaming.server.runs import LiveReply, Runs
 from streaming.ui.session import for_page

@@ -136,6 +136,18 @@ def test_at_home_any_name_can_be_typed_and_a_wrong_one_does_not_stay(open_page, 
     assert [model.model_id for model in site.menu.models] == ["ann/first", "ann/second", "ann/broken"]
 
 
+def test_what_is_worth_knowing_of_how_a_model_serves_is_told_until_there_is_news(open_page, served):
+    site = served(is_open=False)
+    assert site.menu.wait_ready(60)
+    site.menu.first._engine._detail = "Requests take turns."
+    page = open_page(site.url)
+    line = page.locator("#status-line")
+    expect(line).to_have_text("Requests take turns.", timeout=WAIT_MS)
+    expect(line).to_have_attribute("data-state", "idle")
+    ask(page, "say: x")
+    expect(line).to_contain_text("Finished", timeout=WAIT_MS)
+
+
 def test_on_a_phone_the_menu_has_room_beside_the_tabs(open_page, served):
     page = open_page(served(is_open=False).url, viewport={"width": 390, "height": 800})
     tab, opener = page.get_by_role("tab", name="Complete"), page.locator(".model-opener")

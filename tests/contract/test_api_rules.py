@@ -231,7 +231,7 @@ def test_a_silent_stream_sends_heartbeats(url, monkeypatch):
 class TestSeveralModels:
     @pytest.fixture
     def menu(self):
-        engines = {name: ScriptedEngine() for name in ("first", "second")}
+        engines = {name: ScriptedEngine(name=name) for name in ("first", "second")}
         menu = ModelMenu(lambda name, make_room: engines[name], list(engines))
         menu.start()
         assert menu.wait_ready(WAIT_S)

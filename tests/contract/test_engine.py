@@ -48,16 +48,21 @@ def serve(request):
     """Start engines of each kind on models, and close them at the end."""
     with ExitStack() as stack:
 
-        def start(model, n_context=N_CONTEXT, one_seat=False, tokenizer=None, **options) -> Engine:
-            kind = LocalEngine if request.param is RemoteEngine else request.param
-            if one_seat and kind is BatchedEngine:
+        def start(
+            model, n_context=N_CONTEXT, one_seat=False, tokenizer=None, max_cache_bytes=None, **options
+        ) -> Engine:
+            def start_here(kind, **options) -> Engine:
+                engine = kind(lambda _: loaded(model, tokenizer, n_context), max_cache_bytes=max_cache_bytes, **options)
+                return stack.enter_context(closing(engine))
+
+            if one_seat and request.param is not LocalEngine:
                 options["n_seats"] = 1
-            engine = stack.enter_context(closing(kind(lambda _: loaded(model, tokenizer, n_context), **options)))
-            if request.param is RemoteEngine:
-                engine.wait_ready(WAIT_S)
-                url = stack.enter_context(serving_api(engine))
-                engine = stack.enter_context(closing(RemoteEngine(f"{url}v1")))
-            return engine
+            if request.param is not RemoteEngine:
+                return start_here(request.param, **options)
+            server = start_here(LocalEngine)
+            server.wait_ready(WAIT_S)
+            url = stack.enter_context(serving_api(server))
+            return stack.enter_context(closing(RemoteEngine(f"{url}v1", **options)))
 
         yield start
 
@@ -390,7 +395,6 @@ class TestQueue:
             run.result(WAIT_S)
         assert states[1:] == [["done", "reading", "waiting"], ["done", "done", "reading"]]
 
-    @of_refusals_at_once
     def test_beyond_the_limits_it_says_so_and_goes_on(self, serve):
         started, hold = threading.Event(), threading.Event()
 
@@ -398,7 +402,7 @@ class TestQueue:
             started.set()
             assert hold.wait(WAIT_S)
 
-        engine = serve(scripted("a", {0: wait}), max_active=2, max_queued=2)
+        engine = serve(scripted("a", {0: wait}), one_seat=True, max_active=2, max_queued=2)
         runs = [say(engine, owner="ann")]
         assert started.wait(WAIT_S)
         runs.append(say(engine, owner="ann"))

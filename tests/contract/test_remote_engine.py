@@ -5,6 +5,7 @@ like. Tests of what every engine promises are in test_engine.py, over Brook's ow
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -180,22 +181,34 @@ class TestCounts:
             finish = ask(connect(server.url)).result(WAIT_S).finish
         assert (finish.n_prompt_tokens, finish.n_reused_tokens, finish.n_generated_tokens) == (30, 20, 7)
 
-    def test_logprobs_of_text_that_is_held_back_are_left_out(self, connect):
-        def told(*tokens):
-            content = [{"token": t, "logprob": -1.0, "bytes": None, "top_logprobs": []} for t in tokens]
-            return {"content": content, "refusal": None}
 
-        def reply(handler: Handler) -> None:
-            handler.begin()
-            for text, logprobs in (("ab", told("a", "b")), ("x", told("x", "y")), ("z", told("q"))):
-                choice = {"index": 0, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": None}
-                handler.send(chunk(choice))
-            handler.send(chunk({"index": 0, "delta": {}, "finish_reason": "stop"}))
-            handler.send("[DONE]")
+def telling(*chunks: tuple[str, Sequence[str]]):
+    """Reply to a chat with chunks of text, each with the tokens that its logprobs tell of."""
 
-        with fake_server(reply) as server:
+    def reply(handler: Handler) -> None:
+        handler.begin()
+        for text, told in chunks:
+            content = [{"token": token, "logprob": -1.0, "bytes": None, "top_logprobs": []} for token in told]
+            logprobs = {"content": content, "refusal": None}
+            choice = {"index": 0, "delta": {"content": text}, "logprobs": logprobs, "finish_reason": None}
+            handler.send(chunk(choice))
+        handler.send(chunk({"index": 0, "delta": {}, "finish_reason": "stop"}))
+        handler.send("[DONE]")
+
+    return reply
+
+
+class TestLogprobs:
+    def test_those_of_text_that_is_held_back_are_left_out(self, connect):
+        with fake_server(telling(("ab", "ab"), ("x", "xy"), ("z", "q"))) as server:
             *tokens, _ = ask(connect(server.url), logprobs=1).events(timeout=WAIT_S)
         assert [(t.text, t.logprob) for t in tokens] == [("a", -1.0), ("b", -1.0), ("x", None), ("z", -1.0)]
+
+    def test_tokens_after_a_stop_string_are_none_of_the_reply(self, connect):
+        with fake_server(telling(("one. two", ["one", ".", " two"]))) as server:
+            *tokens, finish = ask(connect(server.url), logprobs=1, stop=["."]).events(timeout=WAIT_S)
+        assert [(t.text, t.logprob) for t in tokens] == [("one", -1.0), ("", -1.0)]
+        assert (finish.reason, finish.n_generated_tokens) == ("stop", 2)
 
 
 class TestWhatIsSent:
@@ -240,6 +253,39 @@ class TestWhatIsSent:
         assert "secret" not in str(server.asked[0]["headers"])
 
 
+class TestQueue:
+    def test_beyond_the_seats_people_take_turns_and_their_places_move(self, connect):
+        hold = threading.Event()
+
+        def reply(handler: Handler) -> None:
+            assert hold.wait(WAIT_S)
+            streaming("fine")(handler)
+
+        with fake_server(reply) as server:
+            engine = connect(server.url, n_seats=1)
+            runs = [ask(engine, f"{n}", owner=owner) for n, owner in enumerate(("ann", "ann", "ann", "bob"))]
+            assert [run.progress.n_ahead for run in runs] == [0, 1, 3, 2]
+            assert (engine.status().n_active, engine.status().n_queued) == (1, 3)
+            runs[1].cancel()
+            assert runs[1].result(0).finish.reason == "cancelled"
+            assert [run.progress.n_ahead for run in runs] == [0, 0, 1, 2]
+            hold.set()
+            finishes = [run.result(WAIT_S).finish for run in runs]
+            assert [asked["messages"][0]["content"] for asked in server.asked] == ["0", "2", "3"]
+        assert all(finish.timings.queued_s > finishes[0].timings.queued_s for finish in finishes[1:])
+        assert finishes[3].timings.ttft_s >= finishes[3].timings.queued_s
+        assert (engine.status().n_active, engine.status().n_queued) == (0, 0)
+
+    def test_closing_ends_those_who_wait(self, connect):
+        release = threading.Event()
+        with fake_server(lambda handler: release.wait(WAIT_S)) as server:
+            engine = connect(server.url, n_seats=1)
+            runs = [ask(engine) for _ in range(3)]
+            engine.close()
+            assert [run.result(0).finish.reason for run in runs] == ["cancelled"] * 3
+            release.set()
+
+
 class TestFailures:
     @pytest.fixture(autouse=True)
     def no_pauses(self, monkeypatch):
@@ -257,6 +303,32 @@ class TestFailures:
             assert len(server.asked) == remote.MAX_TRIES
         assert finish.error.endswith("failed (no room); try again.")
 
+    @pytest.mark.parametrize("status", [429, 503])
+    def test_a_server_is_left_alone_for_as_long_as_it_asks(self, connect, status):
+        with fake_server(refusing(status, retry_after="0.3"), streaming("fine")) as server:
+            began = time.monotonic()
+            assert ask(connect(server.url)).result(WAIT_S).text == "fine"
+            assert time.monotonic() - began >= 0.3
+
+    @pytest.mark.parametrize("when", ["3600", "Fri, 31 Dec 9999 23:59:59 GMT"])
+    def test_nobody_waits_for_a_server_that_asks_for_too_long(self, connect, when):
+        with fake_server(refusing(429, {"error": {"message": "no more today"}}, retry_after=when)) as server:
+            finish = ask(connect(server.url)).result(WAIT_S).finish
+            assert len(server.asked) == 1
+        assert "is busy (no more today)" in finish.error
+
+    @pytest.mark.parametrize("when", ["soon", "-1", "nan", "Fri, 31 Dec 1999 23:59:59 GMT"])
+    def test_what_it_asks_for_may_mean_nothing(self, connect, when):
+        with fake_server(refusing(429, retry_after=when), streaming("fine")) as server:
+            assert ask(connect(server.url)).result(WAIT_S).text == "fine"
+
+    def test_stop_ends_such_a_pause_at_once(self, connect):
+        with fake_server(refusing(429, retry_after="29")) as server:
+            run = ask(connect(server.url))
+            wait_for(lambda: server.asked)
+            run.cancel()
+            assert run.result(10).finish.reason == "cancelled"
+
     def test_a_connection_that_breaks_before_the_first_token_is_made_again(self, connect):
         with fake_server(lambda handler: handler.begin(), streaming("fine")) as server:
             # Ended without a word: nothing says that the reply is whole.
@@ -272,6 +344,12 @@ class TestFailures:
             assert len(server.asked) == 1
         assert (result.text, result.finish.reason) == ("half", "error")
         assert result.finish.error.endswith("ended the reply in the middle; try again.")
+
+    def test_nor_after_text_that_is_held_back_for_a_stop_string(self, connect):
+        with fake_server(streaming("Hu", finish_reason=None), streaming("Hello there")) as server:
+            result = ask(connect(server.url), stop=["Human:"]).result(WAIT_S)
+            assert len(server.asked) == 1
+        assert (result.text, result.finish.reason) == ("Hu", "error")
 
     @pytest.mark.parametrize(
         ("reply", "says"),
@@ -315,8 +393,11 @@ class TestTheServerItself:
             engine.wait_ready(WAIT_S)
         assert time.monotonic() - began < 2
         assert engine.status().state == "failed"
-        with pytest.raises(ModelUnavailable):
+        with pytest.raises(ModelUnavailable) as first:
             ask(engine)
+        with pytest.raises(ModelUnavailable) as second:
+            ask(engine)
+        assert first.value is not second.value, "what each raises would hold the frames of all"
 
     def test_several_models_have_to_be_told_apart(self, connect):
         with fake_server(streaming("x")) as server:

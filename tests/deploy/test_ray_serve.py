@@ -1,9 +1,11 @@
-"""Two replicas of the default model under Ray Serve: streams, sessions, and what happens when one is killed.
+"""Replicas of the default model under Ray Serve: streams, sessions, what happens when one is killed, and growth.
 
 pip install -r requirements-dev.txt -r deploy/requirements.txt && pytest -m ray
 """
 
 import collections
+import contextlib
+import time
 
 import pytest
 
@@ -14,6 +16,8 @@ from tests.serving import ask, wait_for
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 WAIT_S = 120
+GROWTH_S = 240
+"""Ray Serve looks at the load of the last 30 s, waits as long before it grows, and a replica loads the model."""
 STORY = [{"role": "user", "content": "Tell me a long story about a lighthouse keeper."}]
 
 
@@ -40,12 +44,12 @@ def engine(url):
     engine.close()
 
 
-def replicas() -> dict[str, object]:
-    """Give the replicas' actors by their names."""
+def replicas(app: str = "brook") -> dict[str, object]:
+    """Give an application's replicas' actors by their names."""
     import ray
 
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-    ours = [name for name in names if name.startswith("SERVE_REPLICA::brook#Replica#")]
+    ours = [name for name in names if name.startswith(f"SERVE_REPLICA::{app}#Replica#")]
     return {name.rpartition("#")[2]: ray.get_actor(name, namespace="serve") for name in ours}
 
 
@@ -127,3 +131,41 @@ def test_killing_a_replica_breaks_its_streams_alone_and_retry_works(engine, url)
     retried = submit(next(owner for owner, run in runs.items() if run is first_there)).result(WAIT_S)
     assert (retried.text, retried.finish.error) == (expected, None)
     wait_for(lambda: len(replicas()) == 2)  # Serve has begun another in its place
+
+
+@pytest.fixture
+def small(url):
+    """Serve one replica that may become two, beside the others, and give its address."""
+    from ray import serve
+
+    from deploy.ray_app import Options, build
+
+    options = Options(min_replicas=1, max_replicas=2, target_ongoing_requests=2, max_active=2)
+    serve.run(build(options), name="small", route_prefix="/small")
+    yield f"{url}small/"
+    serve.delete("small")
+
+
+def test_replicas_serve_many_at_once_within_their_limits_and_more_work_brings_another(small):
+    assert ask(f"{small}healthz")[1]["engine"] == "batched"
+    with contextlib.closing(RemoteEngine(f"{small}v1")) as engine:
+        assert engine.wait_ready(WAIT_S)
+
+        def submit(owner):
+            return engine.submit(
+                GenerationRequest(
+                    prompt="An increasing sequence: one,", max_new_tokens=1500, temperature=0, owner=owner
+                )
+            )
+
+        runs = [submit("ann"), submit("ann")]
+        wait_for(lambda: all(run.progress.state == "writing" for run in runs))
+        assert "as one person may (2)" in submit("ann").result(WAIT_S).finish.error
+
+        deadline = time.monotonic() + GROWTH_S
+        sessions = [f"session {i}" for i in range(16)]
+        while len(homes := {replica_of(small, session) for session in sessions}) < 2:
+            assert time.monotonic() < deadline, "no other replica came"
+            runs = [submit(f"owner {i}") for i in range(8)]
+            assert [run.result(WAIT_S).finish.error for run in runs] == [None] * 8
+        assert homes == set(replicas("small"))

@@ -1,13 +1,14 @@
 """The engine that is made in the background is the engine, a little later."""
 
 import threading
+import traceback
 
 import pytest
 
 from streaming.engine.base import GenerationRequest
 from streaming.engine.deferred import DeferredEngine
 from streaming.engine.local import LocalEngine
-from streaming.errors import ModelUnavailable
+from streaming.errors import ModelNotFound, ModelUnavailable
 from tests.tiny import loaded, tiny_llama
 
 WAIT_S = 30
@@ -35,15 +36,23 @@ def test_requests_wait_until_it_is_made_and_then_it_is_the_engine():
     assert engine.status().state == "closed"
 
 
-@pytest.mark.parametrize("error", [ModelUnavailable("There is no such model."), RuntimeError("no torch")])
-def test_a_failure_reaches_whoever_asks(error):
+@pytest.mark.parametrize(
+    "error", [ModelNotFound("There is no such model."), RuntimeError("no torch"), SystemExit("no more")]
+)
+def test_a_failure_reaches_whoever_asks_each_in_a_copy_of_its_own(error):
     def make() -> LocalEngine:
         raise error
 
     engine = DeferredEngine(make, "local", "later")
     engine.start()
-    with pytest.raises(ModelUnavailable, match=str(error)):
-        engine.wait_ready(WAIT_S)
+    told = []
+    for _ in range(3):
+        with pytest.raises(ModelUnavailable, match=str(error)) as refused:
+            engine.wait_ready(WAIT_S)
+        told.append(refused.value)
+    assert len({id(one) for one in told}) == 3, "what each raises would hold the frames of all"
+    assert {type(one) for one in told} <= {type(error), ModelUnavailable}
+    assert len({len(traceback.extract_tb(one.__traceback__)) for one in told}) == 1
     with pytest.raises(ModelUnavailable):
         engine.submit(GenerationRequest(prompt="hello"))
     assert engine.status().state == "failed"

@@ -24,7 +24,7 @@ from streaming.errors import (
     ModelUnavailable,
     NotACausalLM,
 )
-from streaming.models.device import choose_device, choose_dtype
+from streaming.models.device import choose_device, choose_dtype, free_bytes
 from streaming.models.int4 import PackedLinear
 from streaming.models.loading import LoadProgress, load_model, load_tokenizer
 from streaming.models.progress import telling_layers
@@ -300,6 +300,17 @@ def test_auto_is_a_device_that_is_here():
 def test_a_cpu_takes_bfloat16_only_where_it_has_instructions_for_it(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert choose_dtype("auto", torch.device("cpu")) == expected
+
+
+def test_what_an_unloaded_model_leaves_in_torchs_hands_is_free(monkeypatch):
+    held = {"mem_get_info": (10, 100), "memory_reserved": 70, "memory_allocated": 20}
+    for name, value in held.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda:1")) == 60
+    held = {"recommended_max_memory": 100, "driver_allocated_memory": 90, "current_allocated_memory": 40}
+    for name, value in held.items():
+        monkeypatch.setattr(torch.mps, name, lambda value=value: value)
+    assert free_bytes(torch.device("mps")) == 60
 
 
 # The hub

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 
+from streaming.engine import menu_model
 from streaming.engine.base import GenerationRequest
 from streaming.engine.local import LocalEngine
 from streaming.engine.menu import ModelMenu, load_menu
@@ -61,6 +62,7 @@ class Scripted:
         self.n_bytes = dict.fromkeys(names, 100)
         self.go, self.said = threading.Event(), threading.Event()
         self.loads: list[str] = []
+        self.engines: list[LocalEngine] = []
         self.menu = ModelMenu(self.make, names, **options)
 
     def make(self, name, make_room) -> LocalEngine:
@@ -69,7 +71,8 @@ class Scripted:
             make_room(self.n_bytes.get(name, 100), self.n_free)
             return dataclasses.replace(loaded(Parrot([97] * 3, {1: self.wait})), model_id=name)
 
-        return LocalEngine(load, name)
+        self.engines.append(LocalEngine(load, name))
+        return self.engines[-1]
 
     def wait(self) -> None:
         self.said.set()
@@ -134,11 +137,15 @@ class TestChoosing:
         one = scripted("a", is_open=True)
         one.use("b")
         assert list(states(one.menu)) == ["a", "b"]
+        with pytest.raises(ModelNotFound, match="not one of the models"):
+            one.menu.find("c", may_add=False)
+        assert one.menu.find("b", may_add=False).name == "b"
 
     def test_what_is_shared_is_not_open(self, menu_of):
         assert menu_of("a").is_open
         assert not menu_of("a", share=True).is_open
         assert not menu_of("a", host="0.0.0.0").is_open
+        assert not menu_of("a", auth=(("ann", "pw"),)).is_open
 
     def test_a_menu_of_one_engine_is_that_engine(self):
         engine = LocalEngine(lambda progress: loaded(tiny_llama()), "only")
@@ -207,6 +214,26 @@ class TestRoom:
         gc.collect()
         assert weights() is None
 
+    @pytest.mark.parametrize("engine", ["local", "batched"])
+    def test_a_switch_frees_the_model_before_and_all_that_was_kept_for_it(self, menu_of, folders, engine):
+        menu = menu_of(*folders[:2], model_memory=1, engine=engine)
+        menu._max_bytes = N_BYTES + 100
+        menu.submit(request(folders[0])).result(WAIT_S)
+        assert menu.status().n_cache_bytes > 0
+        before = menu.find(folders[0])._engine._engine
+        gone = [weakref.ref(one) for one in (before, before._loaded.model, before._prefixes)]
+        del before
+        # Nothing waits for the garbage collector: memory is counted right after, for the model that needs it.
+        gc.collect()
+        gc.disable()
+        try:
+            assert menu.find(folders[1]).wait_ready(WAIT_S)
+            assert [one() for one in gone] == [None] * 3
+        finally:
+            gc.enable()
+        assert [model.status().n_cache_bytes for model in menu.models] == [0, 0]
+        assert list(states(menu).values()) == ["unloaded", "ready"]
+
     def test_people_who_switch_at_random_all_get_their_replies(self, scripted):
         names = ["a", "b", "c", "d"]
         one = scripted(*names, n_free=PLENTY, max_bytes=350)
@@ -249,14 +276,47 @@ class TestFailures:
         menu.find(folders[1]).load()
         assert menu.find(folders[1]).wait_ready(WAIT_S)
 
+    @pytest.fixture
+    def refused(self, scripted):
+        """Give a menu whose second model was refused while someone streamed from the first, who has ended since."""
+        one = scripted("a", "b", max_bytes=150)
+        streaming = one.menu.submit(request("a"))
+        assert one.said.wait(WAIT_S)
+        with pytest.raises(ModelTooLarge, match="nobody streams"):
+            one.menu.submit(request("b"))
+        one.go.set()
+        streaming.result(WAIT_S)
+        return one
+
+    def test_a_while_after_a_failure_a_request_tries_again(self, refused, monkeypatch):
+        monkeypatch.setattr(menu_model, "RETRY_S", 0.0)
+        refused.use("b")
+        assert refused.loads == ["a", "b", "b"]
+
+    def test_until_then_requests_are_told_the_same_and_whoever_chooses_it_does_not_wait(self, refused):
+        for _ in range(3):
+            with pytest.raises(ModelTooLarge, match="nobody streams"):
+                refused.menu.submit(request("b"))
+        assert refused.loads == ["a", "b"]
+        refused.menu.find("b").load()
+        refused.use("b")
+        assert refused.loads == ["a", "b", "b"]
+
+    def test_an_engine_that_failed_is_closed_when_another_takes_its_place(self, refused):
+        refused.menu.find("b").load()
+        refused.use("b")
+        assert [engine.status().state for engine in refused.engines] == ["closed", "closed", "ready"]
+
     def test_a_name_that_was_typed_and_leads_nowhere_does_not_stay_on_the_menu(self, menu_of, folders):
         menu = menu_of(folders[0])
         model = menu.find("./nowhere")
         with pytest.raises(ModelNotFound, match=r"nothing at \./nowhere"):
             model.wait_ready(WAIT_S)
+        failed = model._engine
         menu.drop(model)
         menu.drop(menu.first)
         assert list(states(menu)) == [folders[0]]
+        assert failed.status().state == "closed"
 
     def test_after_the_end_nothing_loads(self, scripted):
         one = scripted("a", "b")

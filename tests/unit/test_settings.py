@@ -260,3 +260,8 @@ def test_people_elsewhere_can_reach_what_is_shared():
     for arguments in (["--share"], ["--host", "0.0.0.0"], ["--host", "192.168.1.7"]):
         assert load(*arguments).is_shared
     assert load(SPACE_ID="ann/brook").is_shared
+
+
+def test_whoever_hands_out_passwords_or_keys_expects_others():
+    assert load("--auth", "ann:pw").is_shared
+    assert load("--api-key", "sk-one-two").is_shared

@@ -1,6 +1,6 @@
 """What every engine is: `submit()` a GenerationRequest, follow the Generation that comes back."""
 
-import math
+import reprlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -95,8 +95,9 @@ class GenerationRequest:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
-                raise InvalidRequest(f"{name} must be between {low:g} and {high:g}, not {value!r}.", field=name)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                shown = reprlib.repr(value)  # an integer may have hundreds of digits
+                raise InvalidRequest(f"{name} must be between {low:g} and {high:g}, not {shown}.", field=name)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if len(self.stop) > MAX_STOP_STRINGS or any(not s or len(s) > MAX_STOP_CHARS for s in self.stop):

@@ -6,6 +6,7 @@ one as `Last-Event-ID` to the same address, and goes on after it.
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ from streaming.server.openai_objects import failure, finish_chunk, opening_chunk
 from streaming.server.openai_schema import Asked, parse_chat, parse_completion
 from streaming.server.streams import Answer, Answers, follow
 from streaming.streamers.sse import HEARTBEAT, sse_frame
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 15.0
 MAX_BODY_BYTES = 16 * 2**20
@@ -160,11 +163,14 @@ class _Api:
         """Give the answer that an event's id belongs to, and the offsets after the event."""
         id, _, offsets = last_event_id.partition(":")
         answer = self._answers.find(id, owner)
-        after = [int(offset) for offset in offsets.split(".") if offset.isdecimal()]
+        try:
+            after = [int(offset) for offset in offsets.split(".")]
+        except ValueError:  # no number, or one with thousands of digits
+            after = []
         if (
             answer is None
             or len(after) != len(answer.runs)
-            or any(n > len(run.log) for n, run in zip(after, answer.runs, strict=True))
+            or any(not 0 <= n <= len(run.log) for n, run in zip(after, answer.runs, strict=True))
         ):
             raise ApiError(404, "This stream is not kept any more; ask anew.", code="stream_not_found")
         return answer, after
@@ -223,6 +229,9 @@ def _answering(endpoint: Endpoint) -> Endpoint:
             return as_api_error(error).to_response()
         except ClientDisconnect:
             return Response(status_code=499)  # nobody is there to read it
+        except Exception:
+            logger.exception("A request to the API could not be answered")
+            return server_error("The server failed, and its log says why; try again.").to_response()
 
     return answer
 

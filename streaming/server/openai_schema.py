@@ -5,6 +5,7 @@ What would change the answer and cannot be done is refused by name, never passed
 left out, as in OpenAI's API.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +146,7 @@ class _Members:
         if not isinstance(value, int):
             raise _invalid(f"{name} must be a whole number.", name)
         if low is not None and high is not None and not low <= value <= high:
-            raise _invalid(f"{name} must be between {low} and {high}, not {value}.", name)
+            raise _invalid(f"{name} must be between {low} and {high}, not {reprlib.repr(value)}.", name)
         return value
 
     def length(self, *names: str, default: int) -> int:

@@ -137,6 +137,22 @@ class TestRefusals:
         status, answer = ask(f"{url}v1/chat/completions", body)
         assert (status, answer["error"]["code"]) == (400, "invalid_json")
 
+    @pytest.mark.parametrize("name", ["max_tokens", "seed", "temperature", "n", "top_k"])
+    def test_a_number_larger_than_any_float(self, url, name):
+        status, answer = ask(f"{url}v1/chat/completions", chat("say: x", **{name: 10**400}))
+        assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, name, "invalid_value")
+        assert len(answer["error"]["message"]) < 200
+
+    def test_a_bug_in_the_server_is_logged_and_answered_with_an_error_object(self, url, scripted, monkeypatch, caplog):
+        def break_down(request):
+            raise KeyError("a secret of the server's")
+
+        monkeypatch.setattr(scripted, "submit", break_down)
+        status, answer = ask(f"{url}v1/chat/completions", chat("say: x"))
+        assert (status, answer["error"]["type"]) == (500, "server_error")
+        assert "secret" not in answer["error"]["message"]
+        assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [KeyError]
+
     def test_a_body_that_is_too_large(self, url, monkeypatch):
         monkeypatch.setattr(openai_api, "MAX_BODY_BYTES", 100)
         assert ask(f"{url}v1/chat/completions", chat("say: x"))[0] == 200
@@ -206,16 +222,17 @@ class TestResuming:
                 status
             )
 
-    @pytest.mark.parametrize("id", ["x", "chatcmpl-x:1", ":", "7"])
+    @pytest.mark.parametrize("id", ["x", "chatcmpl-x:1", ":", "7", "x:" + "9" * 5000])
     def test_an_unknown_one_is_not_found(self, url, id):
         status, body = ask(f"{url}v1/chat/completions", chat("say: x", stream=True), last_event_id=id)
         assert (status, body["error"]["code"]) == (404, "stream_not_found")
 
-    def test_an_id_from_the_future_is_not_found(self, url):
+    @pytest.mark.parametrize("offset", ["99", "-1", "", "x", "1.1", "1.x", "9" * 5000])
+    def test_an_offset_that_the_stream_does_not_have_is_not_found(self, url, offset):
         frames = list(Stream(url, chat("say: ab")))
-        last_id = frames[-2][0]
-        future = f"{last_id.partition(':')[0]}:99"
-        assert ask(f"{url}v1/chat/completions", {}, last_event_id=future)[0] == 404
+        answer, _, _ = frames[-2][0].partition(":")
+        status, body = ask(f"{url}v1/chat/completions", {}, last_event_id=f"{answer}:{offset}")
+        assert (status, body["error"]["code"]) == (404, "stream_not_found")
 
 
 def test_a_silent_stream_sends_heartbeats(url, monkeypatch):

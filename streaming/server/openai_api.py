@@ -109,7 +109,7 @@ class _Api:
         return await self._whole(request, answer)
 
     async def _whole(self, request: Request, answer: Answer) -> Response:
-        """Wait for all choices, or for the client to leave."""
+        """Wait for all choices, or for one to fail or the client to leave, which ends the others."""
         with self._answers.reading(answer):
             finished = asyncio.ensure_future(_wait_finished(answer))
             left = asyncio.ensure_future(_wait_left(request))
@@ -117,13 +117,11 @@ class _Api:
                 await asyncio.wait((finished, left), return_when=asyncio.FIRST_COMPLETED)
                 if not finished.done():
                     raise ClientDisconnect
+                finished.result()
             finally:
                 for task in (finished, left):
                     task.cancel()
                 await asyncio.gather(finished, left, return_exceptions=True)
-        message = failure(answer.runs)
-        if message is not None:
-            raise server_error(message)
         return JSONResponse(await asyncio.to_thread(lambda: whole(answer, self._hidden_ids(answer))))
 
     async def _frames(self, answer: Answer, after: list[int] | None) -> AsyncGenerator[str, None]:
@@ -145,7 +143,7 @@ class _Api:
                 choice, event = item
                 n_read[choice] += 1
                 if isinstance(event, FinishEvent):
-                    if (message := failure([answer.runs[choice]])) is not None:
+                    if (message := failure(event)) is not None:
                         answer.cancel()
                         yield _frame(server_error(message).body)
                         return
@@ -262,9 +260,16 @@ async def _read_json(request: Request) -> Any:
 
 
 async def _wait_finished(answer: Answer) -> None:
-    for run in answer.runs:
-        while run.finish is None:
-            await run.log.wait_async(len(run.log), HEARTBEAT_S)
+    """Wait until every choice has ended.
+
+    Raises:
+        ApiError: as soon as one has failed.
+    """
+    async with aclosing(follow(answer.runs, (0,) * len(answer.runs), HEARTBEAT_S)) as events:
+        async for item in events:
+            event = None if item is None else item[1]
+            if isinstance(event, FinishEvent) and (message := failure(event)) is not None:
+                raise server_error(message)
 
 
 async def _wait_left(request: Request) -> None:

@@ -4,13 +4,17 @@ import http.client
 import json
 import threading
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from streaming.engine.base import EngineStatus, Generation, GenerationRequest
 from streaming.engine.menu import ModelMenu
+from streaming.events import FinishEvent
+from streaming.log import EventLog
 from streaming.server import openai_api
 from tests.scripted import LONG, ScriptedEngine
-from tests.serving import WAIT_S, ask, said, serving, wait_free
+from tests.serving import WAIT_S, ask, said, serving, serving_api, wait_for, wait_free
 from tests.tiny import ScriptedModel, loaded
 
 KEYS = ("sk-first-key", "sk-second-key")
@@ -233,6 +237,35 @@ class TestResuming:
         answer, _, _ = frames[-2][0].partition(":")
         status, body = ask(f"{url}v1/chat/completions", {}, last_event_id=f"{answer}:{offset}")
         assert (status, body["error"]["code"]) == (404, "stream_not_found")
+
+
+class ToldEngine:
+    """An engine whose generations end when they are told to."""
+
+    kind, model_id, tokenizer = "told", "told", None
+
+    def __init__(self) -> None:
+        self.runs: list[Generation] = []
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        log = EventLog()
+        run = Generation(request, (1,), log=log, seed=1, cancel=lambda run: log.append(FinishEvent("cancelled")))
+        self.runs.append(run)
+        return run
+
+    def status(self) -> EngineStatus:
+        return EngineStatus("ready", self.model_id)
+
+
+def test_one_choice_that_breaks_ends_the_others_at_once():
+    engine = ToldEngine()
+    with serving_api(engine) as url, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, f"{url}v1/chat/completions", chat("x", n=3))
+        wait_for(lambda: len(engine.runs) == 3)
+        engine.runs[1].log.append(FinishEvent("error", "the second one broke"))
+        status, body = answer.result(WAIT_S)
+        assert (status, body["error"]["message"]) == (500, "the second one broke")
+        assert [run.result(WAIT_S).finish.reason for run in engine.runs] == ["cancelled", "error", "cancelled"]
 
 
 def test_a_silent_stream_sends_heartbeats(url, monkeypatch):

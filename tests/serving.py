@@ -25,7 +25,7 @@ WAIT_S = 30
 def serving(engine: Any, **options: Any) -> Iterator[str]:
     """Serve an engine; give the address, with a slash at its end."""
     settings = Settings(port=0, **options)
-    menu = engine if isinstance(engine, ModelMenu) else ModelMenu.of(engine)
+    menu = _menu_of(engine)
     metered, routes = meter(menu, settings)
     runs = Runs(metered, menu=menu)
     app = build_app(metered, runs)
@@ -41,7 +41,7 @@ def serving(engine: Any, **options: Any) -> Iterator[str]:
 @contextmanager
 def serving_api(engine: Any) -> Iterator[str]:
     """Serve an engine's API without a page, which is there within milliseconds; give the address as `serving` does."""
-    _, routes = meter(ModelMenu.of(engine), Settings())
+    _, routes = meter(_menu_of(engine), Settings())
     # uvicorn looks for the port itself: sockets made elsewhere lack TCP_NODELAY, and each frame would wait for 40 ms.
     server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, name="brook-test-server")
@@ -52,6 +52,10 @@ def serving_api(engine: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(WAIT_S)
+
+
+def _menu_of(engine: Any) -> ModelMenu:
+    return engine if isinstance(engine, ModelMenu) else ModelMenu.of(engine)
 
 
 def said(text: str) -> list[dict[str, str]]:

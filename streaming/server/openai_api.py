@@ -20,7 +20,8 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from streaming.engine.base import Engine, Generation, GenerationRequest
-from streaming.errors import BrookError
+from streaming.engine.menu import MenuModel, ModelMenu
+from streaming.errors import BrookError, ModelUnavailable
 from streaming.events import FinishEvent
 from streaming.server.access import Access
 from streaming.server.api_errors import ApiError, as_api_error, server_error
@@ -41,10 +42,10 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def build_api_routes(
-    engine: Engine, access: Access, models: Callable[[], Mapping[str, Engine]] | None = None
+    engine: Engine, access: Access, models: Callable[[], Mapping[str, MenuModel]] | None = None
 ) -> tuple[BaseRoute, ...]:
     """Give the routes under `/v1`, for `launch_app`. `models` tells those that the engine has, in order."""
-    api = _Api(engine, access, models or (lambda: {engine.model_id: engine}))
+    api = _Api(engine, access, models or _only(engine))
     return (
         Route("/v1/models", _answering(api.models), methods=["GET"]),
         Route("/v1/models/{model:path}", _answering(api.model), methods=["GET"]),
@@ -57,7 +58,7 @@ def build_api_routes(
 class _Api:
     """The endpoints. They run in the server's event loop; what may wait for the engine runs in threads."""
 
-    def __init__(self, engine: Engine, access: Access, models: Callable[[], Mapping[str, Engine]]) -> None:
+    def __init__(self, engine: Engine, access: Access, models: Callable[[], Mapping[str, MenuModel]]) -> None:
         self._engine = engine
         self._access = access
         self._models = models
@@ -90,8 +91,7 @@ class _Api:
             return _EventStream(self._frames(answer, after), self._answers.reading(answer))
         asked = parse(await _read_json(request), owner)
         model_id = self._require(asked.model)
-        if self._models()[model_id].status().state == "loading":
-            raise ApiError(503, "The model is still loading; try again.", type="server_error", code="model_loading")
+        _require_loaded(self._models()[model_id])
         requests = [replace(request, model=model_id) for request in asked.requests]
         runs = await asyncio.to_thread(_submit, self._engine, requests)
         answer = Answer(prefix + secrets.token_hex(12), owner, model_id, asked, runs)
@@ -232,6 +232,25 @@ def _answering(endpoint: Endpoint) -> Endpoint:
             return server_error("The server failed, and its log says why; try again.").to_response()
 
     return answer
+
+
+def _only(engine: Engine) -> Callable[[], Mapping[str, MenuModel]]:
+    model = ModelMenu.of(engine).first
+    return lambda: {model.name: model}
+
+
+def _require_loaded(model: MenuModel) -> None:
+    """Begin to load a model that is not there, and have the client ask again: nothing waits here for minutes.
+
+    Where loading failed, it is told why, and what was missing may be there by then.
+    """
+    status = model.status()
+    if status.state in ("unloaded", "failed"):
+        model.load()
+    if status.state == "failed":
+        raise ModelUnavailable(status.detail)
+    if model.status().state == "loading":
+        raise ApiError(503, "The model is still loading; try again.", type="server_error", code="model_loading")
 
 
 def _submit(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Generation]:

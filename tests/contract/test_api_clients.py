@@ -3,15 +3,18 @@
 import asyncio
 import json
 import subprocess
+import threading
+from contextlib import ExitStack, closing
 
 import huggingface_hub
 import openai
 import pytest
 from huggingface_hub import InferenceClient
 
-from streaming.server import openai_api
-from tests.scripted import LONG
-from tests.serving import WAIT_S, ask, said, wait_for, wait_free
+from streaming.engine.menu import ModelMenu
+from streaming.server import api_errors, openai_api
+from tests.scripted import LONG, LateEngine
+from tests.serving import WAIT_S, ask, said, serving_api, wait_for, wait_free
 
 MODEL = "tiny"
 
@@ -189,6 +192,27 @@ class TestOpenAI:
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.5).chat.completions.create(model=MODEL, messages=said(LONG))
         wait_free(url)
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_model_that_is_not_loaded_is_asked_again_when_it_is(self, stream, monkeypatch):
+        monkeypatch.setitem(api_errors.RETRY_AFTER_S, 503, 0.05)
+        release, statuses = threading.Event(), []
+        menu = ModelMenu(lambda name, make_room: LateEngine(name, lambda: release.wait(WAIT_S)), ["first", "second"])
+
+        def take_note(response):
+            statuses.append((response.status_code, response.headers.get("retry-after")))
+            release.set()
+            menu.find("second").wait_ready(WAIT_S)
+
+        with closing(menu), serving_api(menu) as url, ExitStack() as stack:
+            stack.callback(release.set)
+            http = openai.DefaultHttpxClient(event_hooks={"response": [take_note]})
+            client = stack.enter_context(openai.OpenAI(base_url=f"{url}v1", api_key="none", http_client=http))
+            answer = client.chat.completions.create(model="second", messages=said("say: hello"), stream=stream)
+            chunks = list(answer) if stream else [answer]
+            texts = [(choice.delta if stream else choice.message).content for c in chunks for choice in c.choices]
+        assert "".join(filter(None, texts)) == "hello"
+        assert statuses == [(503, "0.05"), (200, None)]
 
     def test_async_streams_at_once_do_not_mix(self, url):
         texts = [f"slow: reader {i} alone" for i in range(4)]

@@ -5,15 +5,17 @@ import json
 import threading
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 
 import pytest
 
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest
 from streaming.engine.menu import ModelMenu
+from streaming.errors import ModelUnavailable
 from streaming.events import FinishEvent
 from streaming.log import EventLog
 from streaming.server import openai_api
-from tests.scripted import LONG, ScriptedEngine
+from tests.scripted import LONG, LateEngine, ScriptedEngine
 from tests.serving import WAIT_S, ask, said, serving, serving_api, wait_for, wait_free
 from tests.tiny import ScriptedModel, loaded
 
@@ -302,3 +304,39 @@ class TestSeveralModels:
             status, body = ask(f"{url}v1/chat/completions", chat("say: x", model="third"))
             assert (status, body["error"]["code"]) == (404, "model_not_found")
             assert "'first', 'second'" in body["error"]["message"]
+
+    def test_one_that_is_not_there_begins_to_load_and_has_everyone_ask_again(self):
+        release = threading.Event()
+        menu = ModelMenu(lambda name, make_room: LateEngine(name, lambda: release.wait(WAIT_S)), ["first", "second"])
+        with closing(menu), serving_api(menu) as url, ExitStack() as at_the_end:
+            at_the_end.callback(release.set)
+            body, path = chat("say: x", model="second"), f"{url}v1/chat/completions"
+            refusals = [ask(path, body) for _ in range(3)]
+            assert [(status, answer["error"]["code"]) for status, answer in refusals] == [(503, "model_loading")] * 3
+            assert [model.status().state for model in menu.models] == ["unloaded", "loading"]
+            release.set()
+            assert menu.find("second").wait_ready(WAIT_S)
+            assert ask(path, body)[1]["choices"][0]["message"]["content"] == "x"
+
+    def test_one_that_could_not_be_loaded_says_why_and_is_tried_anew(self):
+        release, failures = threading.Event(), [ModelUnavailable("There is no such disk; mount it.")]
+
+        def fail_once():
+            release.wait(WAIT_S)
+            if failures:
+                raise failures.pop()
+
+        menu = ModelMenu(lambda name, make_room: LateEngine(name, fail_once), ["first"])
+        with closing(menu), serving_api(menu) as url, ExitStack() as at_the_end:
+            at_the_end.callback(release.set)
+            seen = []
+            for state in ("failed", "ready", "ready"):
+                status, body = ask(f"{url}v1/chat/completions", chat("say: x"))
+                seen.append((status, body["error"]["message"] if "error" in body else body["object"]))
+                release.set()
+                wait_for(lambda state=state: menu.first.status().state == state)
+        assert seen == [
+            (503, "The model is still loading; try again."),
+            (503, "There is no such disk; mount it."),
+            (200, "chat.completion"),
+        ]

@@ -55,8 +55,9 @@ class GenerationRequest:
     a token's logit for each time that the reply has it, `presence_penalty` once, as in OpenAI's API; `seed` None is a
     fresh one; text ends before the first of the `stop` strings; `logprobs` is how many likeliest tokens each event
     carries in `top` (and with any, its own `logprob`). What was read for one `owner` (a person, a session) is reused
-    for that owner's later requests only; with what every chat begins by the model's template, for everyone's. `model`
-    names one of the engine's models where it has several, "" the first.
+    for that owner's later requests only; with what every chat begins by the model's template, for everyone's. Owners
+    take turns; a limit on one person's requests counts those of a `person`, "" is the owner. `model` names one of the
+    engine's models where it has several, "" the first.
 
     Raises:
         InvalidRequest: a value is out of range; `field` names it.
@@ -79,6 +80,7 @@ class GenerationRequest:
     stop: Sequence[str] = ()
     logprobs: int = 0
     owner: str = ""
+    person: str = ""
     model: str = ""
 
     def __post_init__(self) -> None:

@@ -92,7 +92,8 @@ class _Api:
         asked = parse(await _read_json(request), owner)
         model_id = self._require(asked.model)
         _require_loaded(self._models()[model_id])
-        requests = [replace(request, model=model_id) for request in asked.requests]
+        person = self._access.person_of(request)
+        requests = [replace(one, person=person, model=model_id) for one in asked.requests]
         runs = await asyncio.to_thread(_submit, self._engine, requests)
         answer = Answer(prefix + secrets.token_hex(12), owner, model_id, asked, runs)
         if any(run.n_dropped_messages for run in runs):

@@ -131,6 +131,30 @@ class TestWithKeys:
         assert n_reused(KEYS[1]) <= n_template
         assert n_reused(KEYS[0]) > n_template + len("the same many words")
 
+    def test_the_limit_counts_a_keys_requests_whatever_sessions_it_names(self):
+        engine = ScriptedEngine(max_active=2)
+        with closing(engine), serving(engine, api_key=KEYS) as url, ThreadPoolExecutor(4) as pool:
+
+            def send(key, session, text):
+                headers = {"authorization": f"Bearer {key}", "x_session_id": session}
+                return pool.submit(ask, f"{url}v1/chat/completions", chat(text), **headers)
+
+            try:
+                answers = [send(KEYS[0], "a", "hold: first")]
+                assert engine.held.wait(WAIT_S)
+                for n_queued, (key, session) in enumerate(((KEYS[0], "b"), (KEYS[1], "a")), 1):
+                    answers.append(send(key, session, "say: later"))
+                    wait_for(lambda n=n_queued: ask(f"{url}healthz")[1]["queued"] == n)
+                refused = send(KEYS[0], "c", "say: too many")
+                wait_for(lambda: refused.done() or ask(f"{url}healthz")[1]["queued"] == 3)
+            finally:
+                engine.go.set()
+            status, body = refused.result(WAIT_S)
+            assert (status, body.get("error", {}).get("code")) == (429, "rate_limit_exceeded")
+            assert "as one person may (2)" in body["error"]["message"]
+            texts = [answer.result(WAIT_S)[1]["choices"][0]["message"]["content"] for answer in answers]
+            assert texts == ["first", "later", "later"]
+
 
 class TestRefusals:
     def test_unknown_addresses_and_methods(self, url):

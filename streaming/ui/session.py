@@ -31,6 +31,14 @@ def owner_of(tab: Mapping[str, Any] | None, request: gr.Request | None) -> str:
     return f"browser:{hashlib.sha256(secret.encode()).hexdigest()}"
 
 
+def caller_of(request: gr.Request) -> str:
+    """Say whose a program's requests are: its account's or, where there are no accounts, its Gradio session's.
+
+    Not its address's: behind a proxy, as on a Space, everyone has the same.
+    """
+    return f"account:{request.username}" if request.username else f"session:{request.session_hash}"
+
+
 def for_page(message: Message, siblings: Sequence[str] = ()) -> dict[str, Any]:
     """Give a message as the transcript shows it; `siblings` are the ids of its alternatives, itself among them."""
     return {

@@ -10,6 +10,9 @@ import gradio as gr
 from streaming.conversations.tree import Conversation, Message, new_id
 from streaming.engine.base import SamplingDefaults
 
+# The tab says whose it is and what it shows (page.js), in the place of its input; the session's is the server's own.
+SAY_WHO = "(session, tab, ...inputs) => [session, brook.tab(), ...inputs]"
+
 _BROWSER_ID = re.compile(r"[A-Za-z0-9_-]{22,64}")
 _NOTICES = {
     "abandoned": "Stopped: nobody was watching.",

@@ -8,7 +8,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from streaming.errors import StreamerMisuse, StreamTimeout
 from streaming.events import Event, FinishEvent, TokenEvent
@@ -82,8 +82,8 @@ class EventLog:
         changed = asyncio.Event()
 
         def wake() -> None:
-            # A loop that was closed has no reader left to wake.
-            if not loop.is_closed():
+            # A loop that was closed, perhaps in this moment, has no reader left to wake: no matter of the writer's.
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(changed.set)
 
         with self._changed:

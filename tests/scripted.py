@@ -66,3 +66,14 @@ class ScriptedEngine(LocalEngine):
         self.before.do = before
         self.model.expect(len(run.generation.prompt_ids))
         super()._serve(run, loaded_model)
+
+
+class LateEngine(ScriptedEngine):
+    """A ScriptedEngine that loads once `before_load` has returned, and is called `name` from then on."""
+
+    def __init__(self, name: str, before_load: Callable[[], Any]) -> None:
+        def load(_progress: Any) -> LoadedModel:
+            before_load()
+            return dataclasses.replace(loaded(self.model, n_context=N_CONTEXT), model_id=name)
+
+        super().__init__(load)

@@ -1,6 +1,6 @@
 """What every engine is: `submit()` a GenerationRequest, follow the Generation that comes back."""
 
-import math
+import reprlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -55,8 +55,9 @@ class GenerationRequest:
     a token's logit for each time that the reply has it, `presence_penalty` once, as in OpenAI's API; `seed` None is a
     fresh one; text ends before the first of the `stop` strings; `logprobs` is how many likeliest tokens each event
     carries in `top` (and with any, its own `logprob`). What was read for one `owner` (a person, a session) is reused
-    for that owner's later requests only; with what every chat begins by the model's template, for everyone's. `model`
-    names one of the engine's models where it has several, "" the first.
+    for that owner's later requests only; with what every chat begins by the model's template, for everyone's. Owners
+    take turns; a limit on one person's requests counts those of a `person`, "" is the owner. `model` names one of the
+    engine's models where it has several, "" the first.
 
     Raises:
         InvalidRequest: a value is out of range; `field` names it.
@@ -79,6 +80,7 @@ class GenerationRequest:
     stop: Sequence[str] = ()
     logprobs: int = 0
     owner: str = ""
+    person: str = ""
     model: str = ""
 
     def __post_init__(self) -> None:
@@ -95,8 +97,9 @@ class GenerationRequest:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
-                raise InvalidRequest(f"{name} must be between {low:g} and {high:g}, not {value!r}.", field=name)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                shown = reprlib.repr(value)  # an integer may have hundreds of digits
+                raise InvalidRequest(f"{name} must be between {low:g} and {high:g}, not {shown}.", field=name)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if len(self.stop) > MAX_STOP_STRINGS or any(not s or len(s) > MAX_STOP_CHARS for s in self.stop):

@@ -58,7 +58,7 @@ class LocalEngine:
     `load` is called once, in the worker thread, with a callback for its progress; requests wait for it. Thread rules:
     every public method may be called from any thread; only the worker touches the model. What was read is kept within
     `max_cache_bytes` (None: a quarter of the free memory, at most MAX_CACHE_BYTES; 0: nothing). `max_active` and
-    `max_queued` are FairQueue's limits; a person is a request's `owner`.
+    `max_queued` are FairQueue's limits.
     """
 
     kind = "local"
@@ -119,12 +119,12 @@ class LocalEngine:
     def submit(self, request: GenerationRequest) -> Generation:
         loaded = self._require_loaded()
         with self._changed:
-            self._queue.require_room(request.owner)  # before the work of encoding
+            self._queue.require_room(request.owner, request.person)  # before the work of encoding
         with self._encoding:
             run = build_run(request, self.defaults, loaded, self._cancel)
         with self._changed:
             self._refuse_if_closing()
-            self._queue.add(run, request.owner)
+            self._queue.add(run, request.owner, request.person)
             self._show_places()
             self._changed.notify_all()
         return run.generation

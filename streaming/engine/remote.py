@@ -130,7 +130,9 @@ class RemoteEngine:
             call["extra_headers"] = {SESSION_HEADER: self._session_of(request.owner)}
         with self._lock:
             self._refuse_if_closing()
-            self._queue.add(_Asked(run, call, ReplyReader(time.perf_counter(), request.stop)), request.owner)
+            self._queue.add(
+                _Asked(run, call, ReplyReader(time.perf_counter(), request.stop)), request.owner, request.person
+            )
             self._fill_seats()
         return run
 

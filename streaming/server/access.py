@@ -32,21 +32,28 @@ class Access:
     def owner_of(self, request: Request) -> str:
         """Give the name that the request's generations are queued under, and reuse what was read under.
 
-        It is the key's, and with SESSION_HEADER the session's: a page that asks for many people names each of them.
+        It is the person's, and with SESSION_HEADER the session's: a page that asks for many people names each of them.
 
         Raises:
             ApiError: the request may not be made.
         """
-        session = request.headers.get(SESSION_HEADER, "")
+        return f"{self.person_of(request)} {request.headers.get(SESSION_HEADER, '')}"
+
+    def person_of(self, request: Request) -> str:
+        """Give the name that the request's generations are counted under: its key's, whatever sessions that names.
+
+        Raises:
+            ApiError: the request may not be made.
+        """
         if self._digests:
-            return f"{self._owner_by_key(request.headers.get('authorization', ''))} {session}"
+            return self._person_by_key(request.headers.get("authorization", ""))
         if self._is_public:
             raise _refusal("The API is closed to everyone on a shared page; start Brook with --api-key to open it.")
         if not is_local(request):
             raise _refusal("The API answers this machine alone; start Brook with --api-key to open it to others.")
-        return f"api {session}"
+        return "api"
 
-    def _owner_by_key(self, authorization: str) -> str:
+    def _person_by_key(self, authorization: str) -> str:
         scheme, _, token = authorization.partition(" ")
         given = hashlib.sha256(token.strip().encode()).digest()
         found = [digest for digest in self._digests if secrets.compare_digest(digest, given)]  # always all of them

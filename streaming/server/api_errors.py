@@ -6,8 +6,8 @@ from starlette.responses import JSONResponse
 
 from streaming.errors import BrookError, EngineBusy, EngineClosed, InvalidRequest, ModelUnavailable, PromptTooLong
 
-RETRY_AFTER_S = 2
-"""When a client may ask again after 429 and 503."""
+RETRY_AFTER_S: dict[int, float] = {429: 2, 503: 5}
+"""When a client may ask again: places become free sooner than models load, and clients do not ask often."""
 
 
 class ApiError(Exception):
@@ -38,8 +38,8 @@ class ApiError(Exception):
         headers = {"cache-control": "no-store"}
         if self.status_code == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status_code in (429, 503):
-            headers["retry-after"] = str(RETRY_AFTER_S)
+        if self.status_code in RETRY_AFTER_S:
+            headers["retry-after"] = str(RETRY_AFTER_S[self.status_code])
         return JSONResponse(self.body, self.status_code, headers)
 
 

@@ -124,6 +124,8 @@ class _Meters:
                 self._ended.labels(event.reason).inc()
                 self._prompt.inc(event.n_prompt_tokens)
                 self._reused.inc(event.n_reused_tokens)
+                n_counted = followed.n_read - 1  # as one an event, which may have been several of a server's tokens
+                self._generated.inc(max(0, event.n_generated_tokens - n_counted))
                 self._wait.observe(event.timings.queued_s)
                 continue
             self._generated.inc()

@@ -6,6 +6,7 @@ one as `Last-Event-ID` to the same address, and goes on after it.
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -19,7 +20,9 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from streaming.engine.base import Engine, Generation, GenerationRequest
-from streaming.errors import BrookError
+from streaming.engine.menu import ModelMenu
+from streaming.engine.menu_model import MenuModel
+from streaming.errors import BrookError, ModelUnavailable
 from streaming.events import FinishEvent
 from streaming.server.access import Access
 from streaming.server.api_errors import ApiError, as_api_error, server_error
@@ -27,6 +30,8 @@ from streaming.server.openai_objects import failure, finish_chunk, opening_chunk
 from streaming.server.openai_schema import Asked, parse_chat, parse_completion
 from streaming.server.streams import Answer, Answers, follow
 from streaming.streamers.sse import HEARTBEAT, sse_frame
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 15.0
 MAX_BODY_BYTES = 16 * 2**20
@@ -38,13 +43,13 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def build_api_routes(
-    engine: Engine, access: Access, models: Callable[[], Mapping[str, Engine]] | None = None
+    engine: Engine, access: Access, models: Callable[[], Mapping[str, MenuModel]] | None = None
 ) -> tuple[BaseRoute, ...]:
     """Give the routes under `/v1`, for `launch_app`.
 
     `models` tells those that the engine has, in order, by the names that they answer to; each is listed by its id.
     """
-    api = _Api(engine, access, models or (lambda: {engine.model_id: engine}))
+    api = _Api(engine, access, models or _only(engine))
     return (
         Route("/v1/models", _answering(api.models), methods=["GET"]),
         Route("/v1/models/{model:path}", _answering(api.model), methods=["GET"]),
@@ -57,7 +62,7 @@ def build_api_routes(
 class _Api:
     """The endpoints. They run in the server's event loop; what may wait for the engine runs in threads."""
 
-    def __init__(self, engine: Engine, access: Access, models: Callable[[], Mapping[str, Engine]]) -> None:
+    def __init__(self, engine: Engine, access: Access, models: Callable[[], Mapping[str, MenuModel]]) -> None:
         self._engine = engine
         self._access = access
         self._models = models
@@ -90,10 +95,9 @@ class _Api:
             return _EventStream(self._frames(answer, after), self._answers.reading(answer))
         asked = parse(await _read_json(request), owner)
         model = self._require(asked.model)
-        model_id = model.model_id
-        if model.status().state == "loading":
-            raise ApiError(503, "The model is still loading; try again.", type="server_error", code="model_loading")
-        requests = [replace(request, model=model_id) for request in asked.requests]
+        _require_loaded(model)
+        model_id, person = model.model_id, self._access.person_of(request)
+        requests = [replace(one, person=person, model=model_id) for one in asked.requests]
         runs = await asyncio.to_thread(_submit, self._engine, requests)
         answer = Answer(prefix + secrets.token_hex(12), owner, model_id, asked, runs)
         if any(run.n_dropped_messages for run in runs):
@@ -110,7 +114,7 @@ class _Api:
         return await self._whole(request, answer)
 
     async def _whole(self, request: Request, answer: Answer) -> Response:
-        """Wait for all choices, or for the client to leave."""
+        """Wait for all choices, or for one to fail or the client to leave, which ends the others."""
         with self._answers.reading(answer):
             finished = asyncio.ensure_future(_wait_finished(answer))
             left = asyncio.ensure_future(_wait_left(request))
@@ -118,13 +122,11 @@ class _Api:
                 await asyncio.wait((finished, left), return_when=asyncio.FIRST_COMPLETED)
                 if not finished.done():
                     raise ClientDisconnect
+                finished.result()
             finally:
                 for task in (finished, left):
                     task.cancel()
                 await asyncio.gather(finished, left, return_exceptions=True)
-        message = failure(answer.runs)
-        if message is not None:
-            raise server_error(message)
         return JSONResponse(await asyncio.to_thread(lambda: whole(answer, self._hidden_ids(answer))))
 
     async def _frames(self, answer: Answer, after: list[int] | None) -> AsyncGenerator[str, None]:
@@ -146,7 +148,7 @@ class _Api:
                 choice, event = item
                 n_read[choice] += 1
                 if isinstance(event, FinishEvent):
-                    if (message := failure([answer.runs[choice]])) is not None:
+                    if (message := failure(event)) is not None:
                         answer.cancel()
                         yield _frame(server_error(message).body)
                         return
@@ -164,11 +166,14 @@ class _Api:
         """Give the answer that an event's id belongs to, and the offsets after the event."""
         id, _, offsets = last_event_id.partition(":")
         answer = self._answers.find(id, owner)
-        after = [int(offset) for offset in offsets.split(".") if offset.isdecimal()]
+        try:
+            after = [int(offset) for offset in offsets.split(".")]
+        except ValueError:  # no number, or one with thousands of digits
+            after = []
         if (
             answer is None
             or len(after) != len(answer.runs)
-            or any(n > len(run.log) for n, run in zip(after, answer.runs, strict=True))
+            or any(not 0 <= n <= len(run.log) for n, run in zip(after, answer.runs, strict=True))
         ):
             raise ApiError(404, "This stream is not kept any more; ask anew.", code="stream_not_found")
         return answer, after
@@ -183,7 +188,7 @@ class _Api:
     def _ids(self) -> list[str]:
         return list(dict.fromkeys(model.model_id for model in self._models().values()))
 
-    def _require(self, model: str | None) -> Engine:
+    def _require(self, model: str | None) -> MenuModel:
         """Give the model that is asked for: the first one where none is named."""
         models = self._models()
         if model is None or model == NO_MODEL:
@@ -230,8 +235,28 @@ def _answering(endpoint: Endpoint) -> Endpoint:
             return as_api_error(error).to_response()
         except ClientDisconnect:
             return Response(status_code=499)  # nobody is there to read it
+        except Exception:
+            logger.exception("A request to the API could not be answered")
+            return server_error("The server failed, and its log says why; try again.").to_response()
 
     return answer
+
+
+def _only(engine: Engine) -> Callable[[], Mapping[str, MenuModel]]:
+    model = ModelMenu.of(engine).first
+    return lambda: {model.name: model}
+
+
+def _require_loaded(model: MenuModel) -> None:
+    """Begin to load a model that is not there, and have the client ask again: nothing waits here for minutes.
+
+    Where loading failed, it is told why; a while later, when what was missing may be there, it is tried anew.
+    """
+    status = model.begin()
+    if status.state == "failed":
+        raise ModelUnavailable(status.detail)
+    if status.state == "loading":
+        raise ApiError(503, "The model is still loading; try again.", type="server_error", code="model_loading")
 
 
 def _submit(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Generation]:
@@ -260,9 +285,16 @@ async def _read_json(request: Request) -> Any:
 
 
 async def _wait_finished(answer: Answer) -> None:
-    for run in answer.runs:
-        while run.finish is None:
-            await run.log.wait_async(len(run.log), HEARTBEAT_S)
+    """Wait until every choice has ended.
+
+    Raises:
+        ApiError: as soon as one has failed.
+    """
+    async with aclosing(follow(answer.runs, (0,) * len(answer.runs), HEARTBEAT_S)) as events:
+        async for item in events:
+            event = None if item is None else item[1]
+            if isinstance(event, FinishEvent) and (message := failure(event)) is not None:
+                raise server_error(message)
 
 
 async def _wait_left(request: Request) -> None:

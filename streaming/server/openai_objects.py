@@ -1,9 +1,8 @@
 """Generations → the objects that OpenAI's clients expect: a whole answer, or one chunk for each event."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from streaming.engine.base import Generation
 from streaming.events import FinishEvent, TokenEvent
 from streaming.server.streams import Answer
 
@@ -60,13 +59,12 @@ def usage(answer: Answer) -> dict[str, Any]:
     }
 
 
-def failure(runs: Iterable[Generation]) -> str | None:
-    """Say what went wrong with the first choice that failed or was cancelled."""
-    for run in runs:
-        if run.finish is not None and run.finish.reason == "error":
-            return run.finish.error or "The model failed; try again."
-        if run.finish is not None and run.finish.reason == "cancelled":
-            return "The generation was cancelled on the server; try again."
+def failure(finish: FinishEvent) -> str | None:
+    """Say what went wrong with a choice, if it failed or was cancelled."""
+    if finish.reason == "error":
+        return finish.error or "The model failed; try again."
+    if finish.reason == "cancelled":
+        return "The generation was cancelled on the server; try again."
     return None
 
 

@@ -5,6 +5,7 @@ What would change the answer and cannot be done is refused by name, never passed
 left out, as in OpenAI's API.
 """
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-# What clients send back of a reply that they were given, or name a speaker with; none of it is text to read.
+# What clients send back of a reply that they were given; none of it is text to read. A speaker's `name` would be, and
+# templates have no place for it.
 HARMLESS_IN_MESSAGES = frozenset({"annotations", "reasoning", "reasoning_content", "refusal"})
 
 MAX_CHOICES = 16
@@ -45,7 +47,7 @@ MAX_COMPLETION_TOKENS = 16
 """What `/v1/completions` writes when it is not told how much, as at OpenAI."""
 MAX_RESUME_S = 60.0
 
-# Names here → names in a GenerationRequest. The last three are not OpenAI's, but vLLM, SGLang and others have them.
+# Names here and in a GenerationRequest. The last two and top_k are not OpenAI's, but vLLM, SGLang and others have them.
 _NUMBERS = (
     "temperature",
     "top_p",
@@ -54,7 +56,9 @@ _NUMBERS = (
     "min_p",
     "repetition_penalty",
 )
-_INTEGERS = ("seed", "top_k")
+
+N_SEEDS = 2**63
+"""OpenAI's seeds are integers of 64 bits with a sign; those below 0 count from the end of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,7 @@ class _Members:
         if not isinstance(value, int):
             raise _invalid(f"{name} must be a whole number.", name)
         if low is not None and high is not None and not low <= value <= high:
-            raise _invalid(f"{name} must be between {low} and {high}, not {value}.", name)
+            raise _invalid(f"{name} must be between {low} and {high}, not {reprlib.repr(value)}.", name)
         return value
 
     def length(self, *names: str, default: int) -> int:
@@ -171,14 +175,14 @@ class _Members:
         if n * len(sources) > MAX_CHOICES:
             raise _invalid(f"A request can have {MAX_CHOICES} choices at most, not {n * len(sources)}.", "n")
         settings: dict[str, Any] = {name: self.number(name) for name in _NUMBERS}
-        settings |= {name: self.integer(name) for name in _INTEGERS}
+        top_k, seed = self.integer("top_k"), self.integer("seed", -N_SEEDS, N_SEEDS - 1)
+        settings["top_k"] = 0 if top_k == -1 else top_k  # as vLLM says that it is off
         settings |= {"stop": self._stop(), "max_new_tokens": length, "owner": owner}
         settings["logprobs"] = 0 if n_top is None else max(1, n_top)
         self._refuse_rest()
-        seed = settings.pop("seed")
         try:
             requests = tuple(
-                GenerationRequest(**source, **settings, seed=None if seed is None else seed + k)
+                GenerationRequest(**source, **settings, seed=None if seed is None else (seed + k) % N_SEEDS)
                 for source in sources
                 for k in range(n)
             )

@@ -14,14 +14,17 @@ from streaming.events import Event
 from streaming.server.openai_schema import Asked
 
 KEEP_S = 60.0
-"""How long an answer that has ended can still be read from the beginning."""
+"""How long an answer that has ended can still be read from the beginning, after its last reader has left."""
 MAX_KEPT = 64
 """How many such answers are kept; the oldest leave first."""
 
 
 @dataclass(eq=False)
 class Answer:
-    """What one request gets: a generation for each choice. `created` is in seconds since 1970."""
+    """What one request gets: a generation for each choice. `created` is in seconds since 1970.
+
+    While nobody reads it, `timer` runs: what happens to it if nobody comes back.
+    """
 
     id: str
     owner: str
@@ -30,7 +33,7 @@ class Answer:
     runs: Sequence[Generation]
     created: int = field(default_factory=lambda: int(time.time()))
     n_readers: int = 0
-    left_at: float = field(default_factory=time.monotonic)
+    timer: asyncio.TimerHandle | None = None
 
     @property
     def is_done(self) -> bool:
@@ -48,16 +51,14 @@ class Answers:
     """The answers that are being given, and for a while those that were."""
 
     def __init__(self) -> None:
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, Answer] = {}  # of those that ended, the one left first comes first
 
     def add(self, answer: Answer) -> None:
         """Keep an answer from now on."""
         self._answers[answer.id] = answer
-        self._sweep()
 
     def find(self, id: str, owner: str) -> Answer | None:
         """Give an owner's answer, while it is kept."""
-        self._sweep()
         answer = self._answers.get(id)
         return answer if answer is not None and answer.owner == owner else None
 
@@ -65,28 +66,30 @@ class Answers:
     def reading(self, answer: Answer) -> Iterator[None]:
         """Be a reader of an answer; when its last one leaves, it is cancelled at once, or after its `resume_s`."""
         answer.n_readers += 1
+        if answer.timer is not None:
+            answer.timer.cancel()
         try:
             yield
         finally:
             answer.n_readers -= 1
-            answer.left_at = time.monotonic()
-            if answer.asked.resume_s:
-                asyncio.get_running_loop().call_later(answer.asked.resume_s, _cancel_if_deserted, answer)
-            else:
-                _cancel_if_deserted(answer)
+            if not answer.n_readers:
+                patience_s = 0.0 if answer.is_done else answer.asked.resume_s
+                answer.timer = asyncio.get_running_loop().call_later(patience_s, self._end, answer)
 
-    def _sweep(self) -> None:
-        """Forget what ended long ago, and beyond MAX_KEPT what was left first."""
-        ended = sorted((a for a in self._answers.values() if a.is_done and not a.n_readers), key=lambda a: a.left_at)
-        oldest = time.monotonic() - KEEP_S
-        for place, answer in enumerate(ended):
-            if answer.left_at < oldest or place < len(ended) - MAX_KEPT:
-                del self._answers[answer.id]
-
-
-def _cancel_if_deserted(answer: Answer) -> None:
-    if not answer.n_readers:
+    def _end(self, answer: Answer) -> None:
+        """Cancel an answer to which nobody came back, and forget it in a while; beyond MAX_KEPT, the one left first."""
         answer.cancel()
+        answer.timer = asyncio.get_running_loop().call_later(KEEP_S, self._forget, answer)
+        self._answers.pop(answer.id, None)
+        self._answers[answer.id] = answer
+        ended = [one for one in self._answers.values() if one.is_done and not one.n_readers]
+        for one in ended[:-MAX_KEPT]:
+            self._forget(one)
+
+    def _forget(self, answer: Answer) -> None:
+        self._answers.pop(answer.id, None)
+        if answer.timer is not None:
+            answer.timer.cancel()
 
 
 async def follow(

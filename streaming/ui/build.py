@@ -26,6 +26,7 @@ from streaming.ui.complete import build_complete
 from streaming.ui.endpoints import add_endpoints
 from streaming.ui.files import FileHandlers
 from streaming.ui.security import SecurityHeaders
+from streaming.ui.session import SAY_WHO
 from streaming.ui.settings_panel import SettingsPanel, build_settings_panel, validate
 from streaming.ui.theme import build_theme
 
@@ -59,8 +60,6 @@ EXAMPLES = (
     "Give me three ideas for a rainy Sunday.",
     "What is the difference between a comet and an asteroid?",
 )
-# The tab says whose it is and what it shows (page.js), in the place of its input; the session's is the server's own.
-SAY_WHO = "(session, tab, ...inputs) => [session, brook.tab(), ...inputs]"
 # Nothing waits for anyone else: what is at once skips Gradio's queue, and what is queued (validators and streams need
 # it) has no limit there, for the engine has a queue of its own. None of it is an endpoint.
 AT_ONCE: Any = {"queue": False, "show_progress": "hidden", "trigger_mode": "multiple", "api_visibility": "private"}
@@ -118,7 +117,7 @@ def build_app(engine: Engine, runs: Runs | None = None, examples: tuple[str, ...
                 gr.HTML('<h2 class="panel-title">Settings</h2>', padding=False)
                 panel = build_settings_panel()
         _wire(handlers, [session, tab], chat, panel, conversations, new_chat, clear)
-        complete.wire(panel, session, handlers.models)
+        complete.wire(panel, [session, tab], handlers.models)
         add_endpoints(runs)
 
         _wire_files(FileHandlers(runs, handlers.conversations), [session, tab], chat, conversations, files)

@@ -1,6 +1,6 @@
 """The Complete tab: an editable text that the model goes on with."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from streaming.errors import BrookError
 from streaming.server.runs import LiveReply, Runs
 from streaming.ui.models import ModelHandlers
 from streaming.ui.replies import Frame, Replies
-from streaming.ui.session import Session
+from streaming.ui.session import SAY_WHO, Session, owner_of
 from streaming.ui.settings_panel import ChatSettings, SettingsPanel, validate
 
 EXAMPLES = (
@@ -48,16 +48,24 @@ class CompletePart:
     stop: gr.Button
     status: gr.Textbox
 
-    def wire(self, panel: SettingsPanel, session: gr.State, models: ModelHandlers) -> None:
-        """Connect the buttons; model and settings are the chat's, but for the length."""
+    def wire(self, panel: SettingsPanel, asker: Sequence[Any], models: ModelHandlers) -> None:
+        """Connect the buttons; who asks, model and settings are the chat's, but for the length."""
         hidden: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
-        def check(_state: Any, _session: Any, _text: str, n_tokens: int | None, *values: Any) -> list[dict[str, Any]]:
+        def check(
+            _session: Any, _tab: Any, _state: Any, _text: str, n_tokens: int | None, *values: Any
+        ) -> list[dict[str, Any]]:
             fine, ok = n_tokens is None or 1 <= n_tokens <= 100_000, gr.validate(True, "")
-            return [ok, ok, ok, gr.validate(fine, "Between 1 and 100,000"), *validate(values)]
+            return [ok, ok, ok, ok, gr.validate(fine, "Between 1 and 100,000"), *validate(values)]
 
         async def ask(
-            state: CompleteState, session: Session, text: str, n_tokens: int | None, *values: Any
+            session: Session,
+            tab: Mapping[str, Any] | None,
+            state: CompleteState,
+            text: str,
+            n_tokens: int | None,
+            request: gr.Request,
+            *values: Any,
         ) -> list[Any]:
             if state.reply is None:
                 settings = ChatSettings(*values).for_request() | {"max_new_tokens": n_tokens or N_NEW_TOKENS}
@@ -65,6 +73,7 @@ class CompletePart:
                     Message(role="assistant", content=text),
                     lambda: GenerationRequest(prompt=text, **settings),
                     model=models.of(session).name,
+                    owner=owner_of(tab, request),
                 )
             return [gr.update(visible=False), gr.update(visible=True)]
 
@@ -89,8 +98,10 @@ class CompletePart:
         async def stop(state: CompleteState) -> None:
             state.stop()
 
-        inputs = [self.state, session, self.text, self.n_tokens, *panel.inputs]
-        begun = self.go.click(ask, inputs, [self.go, self.stop], validator=check, concurrency_limit=None, **hidden)
+        inputs = [*asker, self.state, self.text, self.n_tokens, *panel.inputs]
+        begun = self.go.click(
+            ask, inputs, [self.go, self.stop], validator=check, js=SAY_WHO, concurrency_limit=None, **hidden
+        )
         streamed = begun.success(stream, self.state, [self.text, self.status], concurrency_limit=None, **hidden)
         streamed.then(settle, None, [self.go, self.stop], queue=False, **hidden)
         self.stop.click(stop, self.state, None, queue=False, **hidden)

@@ -11,6 +11,7 @@ from streaming.engine.base import GenerationRequest
 from streaming.errors import BrookError
 from streaming.server.runs import Runs
 from streaming.ui.replies import Replies
+from streaming.ui.session import caller_of
 
 
 def add_endpoints(runs: Runs) -> None:
@@ -21,6 +22,7 @@ def add_endpoints(runs: Runs) -> None:
     """
 
     async def chat(
+        request: gr.Request,
         message: str,
         history: list[dict[str, str]] | None = None,
         system_prompt: str = "",
@@ -43,11 +45,12 @@ def add_endpoints(runs: Runs) -> None:
                 seed=seed or None,
             )
 
-        async with aclosing(_stream(runs, build_request)) as texts:
+        async with aclosing(_stream(runs, build_request, caller_of(request))) as texts:
             async for text in texts:
                 yield text
 
     async def complete(
+        request: gr.Request,
         prompt: str,
         max_new_tokens: int = 256,
         temperature: float = 0.7,
@@ -67,7 +70,7 @@ def add_endpoints(runs: Runs) -> None:
                 seed=seed or None,
             )
 
-        async with aclosing(_stream(runs, build_request)) as texts:
+        async with aclosing(_stream(runs, build_request, caller_of(request))) as texts:
             async for text in texts:
                 yield text
 
@@ -77,8 +80,8 @@ def add_endpoints(runs: Runs) -> None:
         api(endpoint, api_name=endpoint.__name__, concurrency_limit=None)
 
 
-async def _stream(runs: Runs, build_request: Callable[[], GenerationRequest]) -> AsyncGenerator[str, None]:
-    reply, told, text = runs.start(Message(role="assistant", content=""), build_request), False, ""
+async def _stream(runs: Runs, build_request: Callable[[], GenerationRequest], owner: str) -> AsyncGenerator[str, None]:
+    reply, told, text = runs.start(Message(role="assistant", content=""), build_request, owner=owner), False, ""
     try:
         async with aclosing(Replies(runs).write(reply)) as frames:
             async for frame in frames:

@@ -10,6 +10,9 @@ import gradio as gr
 from streaming.conversations.tree import Conversation, Message, new_id
 from streaming.engine.base import SamplingDefaults
 
+# The tab says whose it is and what it shows (page.js), in the place of its input; the session's is the server's own.
+SAY_WHO = "(session, tab, ...inputs) => [session, brook.tab(), ...inputs]"
+
 _BROWSER_ID = re.compile(r"[A-Za-z0-9_-]{22,64}")
 _NOTICES = {
     "abandoned": "Stopped: nobody was watching.",
@@ -29,6 +32,14 @@ def owner_of(tab: Mapping[str, Any] | None, request: gr.Request | None) -> str:
     if not _BROWSER_ID.fullmatch(secret):
         return f"nobody:{new_id()}"
     return f"browser:{hashlib.sha256(secret.encode()).hexdigest()}"
+
+
+def caller_of(request: gr.Request) -> str:
+    """Say whose a program's requests are: its account's or, where there are no accounts, its Gradio session's.
+
+    Not its address's: behind a proxy, as on a Space, everyone has the same.
+    """
+    return f"account:{request.username}" if request.username else f"session:{request.session_hash}"
 
 
 def for_page(message: Message, siblings: Sequence[str] = ()) -> dict[str, Any]:

@@ -129,3 +129,20 @@ def test_complete_goes_on_with_the_text(page):
     text.fill("Edited,")
     page.locator("#complete-go").click()
     expect(text).to_have_value("Edited,and so on", timeout=WAIT_MS)
+
+
+def test_whoever_chats_and_completes_is_one_person(page, open_page, engine, monkeypatch):
+    owners, submit = [], engine.submit
+    monkeypatch.setattr(engine, "submit", lambda request: owners.append(request.owner) or submit(request))
+    for tab in (page, open_page()):
+        ask(tab, "say: a word")
+        tab.get_by_role("tab", name="Complete").click()
+        text = tab.locator("#complete-text textarea")
+        for begun in ("One", "Two"):
+            text.fill(begun)
+            tab.locator("#complete-go").click()
+            expect(text).to_have_value(f"{begun}and so on", timeout=WAIT_MS)
+            expect(tab.locator("#complete-go")).to_be_visible(timeout=WAIT_MS)
+    first, other = owners[0], owners[3]
+    assert owners == [first] * 3 + [other] * 3
+    assert first != other

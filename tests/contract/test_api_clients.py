@@ -1,17 +1,26 @@
 """The API as the clients that people have see it: openai, huggingface_hub, curl."""
 
 import asyncio
+import functools
 import json
 import subprocess
+import threading
+import time
+from contextlib import ExitStack, closing
 
 import huggingface_hub
 import openai
 import pytest
 from huggingface_hub import InferenceClient
 
-from streaming.server import openai_api
-from tests.scripted import LONG
-from tests.serving import WAIT_S, ask, said, wait_for, wait_free
+from streaming.engine.batched import BatchedEngine
+from streaming.engine.menu import ModelMenu
+from streaming.models.llama_step import step_of
+from streaming.server import api_errors, openai_api
+from tests.packed import COMMON, murmuring_llama
+from tests.scripted import LONG, LateEngine
+from tests.serving import WAIT_S, ask, said, serving_api, wait_for, wait_free
+from tests.tiny import loaded
 
 MODEL = "tiny"
 
@@ -190,6 +199,27 @@ class TestOpenAI:
             client.with_options(timeout=0.5).chat.completions.create(model=MODEL, messages=said(LONG))
         wait_free(url)
 
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_model_that_is_not_loaded_is_asked_again_when_it_is(self, stream, monkeypatch):
+        monkeypatch.setitem(api_errors.RETRY_AFTER_S, 503, 0.05)
+        release, statuses = threading.Event(), []
+        menu = ModelMenu(lambda name, make_room: LateEngine(name, lambda: release.wait(WAIT_S)), ["first", "second"])
+
+        def take_note(response):
+            statuses.append((response.status_code, response.headers.get("retry-after")))
+            release.set()
+            menu.find("second").wait_ready(WAIT_S)
+
+        with closing(menu), serving_api(menu) as url, ExitStack() as stack:
+            stack.callback(release.set)
+            http = openai.DefaultHttpxClient(event_hooks={"response": [take_note]})
+            client = stack.enter_context(openai.OpenAI(base_url=f"{url}v1", api_key="none", http_client=http))
+            answer = client.chat.completions.create(model="second", messages=said("say: hello"), stream=stream)
+            chunks = list(answer) if stream else [answer]
+            texts = [(choice.delta if stream else choice.message).content for c in chunks for choice in c.choices]
+        assert "".join(filter(None, texts)) == "hello"
+        assert statuses == [(503, "0.05"), (200, None)]
+
     def test_async_streams_at_once_do_not_mix(self, url):
         texts = [f"slow: reader {i} alone" for i in range(4)]
 
@@ -215,6 +245,49 @@ class TestOpenAI:
 
         assert asyncio.run(read_one_and_leave()) == "x"
         wait_free(url)
+
+
+class TestManyAtOnce:
+    """Choices that share a batch, of a model whose steps are compiled."""
+
+    @pytest.fixture
+    def batched(self):
+        engine = BatchedEngine(lambda progress: loaded(murmuring_llama(), n_context=COMMON["max_position_embeddings"]))
+        with closing(engine):
+            assert engine.wait_ready(WAIT_S)
+            yield engine
+
+    @pytest.fixture
+    def create(self, batched):
+        with (
+            serving_api(batched) as url,
+            openai.OpenAI(base_url=f"{url}v1", api_key="none", max_retries=0, timeout=WAIT_S) as client,
+        ):
+            yield functools.partial(client.chat.completions.create, model=MODEL, messages=said("Hello"))
+
+    def test_each_choice_says_what_a_request_of_its_own_with_the_next_seed_says(self, create):
+        options = {"max_tokens": 40, "temperature": 1.0}
+        alone = [create(seed=seed, **options).choices[0].message.content for seed in (5, 6)]
+        assert len(set(alone)) == 2
+        texts = ["", ""]
+        for chunk in create(seed=5, n=2, stream=True, **options):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        assert texts == alone
+        assert [choice.message.content for choice in create(seed=5, n=2, **options).choices] == alone
+
+    def test_an_aborted_stream_of_two_choices_frees_both_seats(self, create, batched, monkeypatch):
+        step, runs, submit = step_of(batched._loaded.model), [], batched.submit
+        read = step.read
+        monkeypatch.setattr(step, "read", lambda *arguments: (time.sleep(0.01), read(*arguments))[1])
+        monkeypatch.setattr(batched, "submit", lambda request: runs.append(submit(request)) or runs[-1])
+        with create(n=2, stream=True) as stream:
+            begun = set()
+            while begun != {0, 1}:
+                begun |= {choice.index for choice in next(stream).choices if choice.delta.content}
+            assert batched.status().n_active == 2
+        assert [run.result(WAIT_S).finish.reason for run in runs] == ["cancelled"] * 2
+        assert (batched.status().n_active, batched._batch.n_runs) == (0, 0)
 
 
 class TestHuggingFaceHub:

@@ -4,13 +4,20 @@ import http.client
 import json
 import threading
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 
 import pytest
 
+from streaming.engine import menu_model
+from streaming.engine.base import EngineStatus, Generation, GenerationRequest
 from streaming.engine.menu import ModelMenu
+from streaming.errors import ModelUnavailable
+from streaming.events import FinishEvent
+from streaming.log import EventLog
 from streaming.server import openai_api
-from tests.scripted import LONG, ScriptedEngine
-from tests.serving import WAIT_S, ask, said, serving, wait_free
+from tests.scripted import LONG, LateEngine, ScriptedEngine
+from tests.serving import WAIT_S, ask, said, serving, serving_api, wait_for, wait_free
 from tests.tiny import ScriptedModel, loaded
 
 KEYS = ("sk-first-key", "sk-second-key")
@@ -125,6 +132,30 @@ class TestWithKeys:
         assert n_reused(KEYS[1]) <= n_template
         assert n_reused(KEYS[0]) > n_template + len("the same many words")
 
+    def test_the_limit_counts_a_keys_requests_whatever_sessions_it_names(self):
+        engine = ScriptedEngine(max_active=2)
+        with closing(engine), serving(engine, api_key=KEYS) as url, ThreadPoolExecutor(4) as pool:
+
+            def send(key, session, text):
+                headers = {"authorization": f"Bearer {key}", "x_session_id": session}
+                return pool.submit(ask, f"{url}v1/chat/completions", chat(text), **headers)
+
+            try:
+                answers = [send(KEYS[0], "a", "hold: first")]
+                assert engine.held.wait(WAIT_S)
+                for n_queued, (key, session) in enumerate(((KEYS[0], "b"), (KEYS[1], "a")), 1):
+                    answers.append(send(key, session, "say: later"))
+                    wait_for(lambda n=n_queued: ask(f"{url}healthz")[1]["queued"] == n)
+                refused = send(KEYS[0], "c", "say: too many")
+                wait_for(lambda: refused.done() or ask(f"{url}healthz")[1]["queued"] == 3)
+            finally:
+                engine.go.set()
+            status, body = refused.result(WAIT_S)
+            assert (status, body.get("error", {}).get("code")) == (429, "rate_limit_exceeded")
+            assert "as one person may (2)" in body["error"]["message"]
+            texts = [answer.result(WAIT_S)[1]["choices"][0]["message"]["content"] for answer in answers]
+            assert texts == ["first", "later", "later"]
+
 
 class TestRefusals:
     def test_unknown_addresses_and_methods(self, url):
@@ -136,6 +167,22 @@ class TestRefusals:
     def test_a_body_that_is_no_json(self, url, body):
         status, answer = ask(f"{url}v1/chat/completions", body)
         assert (status, answer["error"]["code"]) == (400, "invalid_json")
+
+    @pytest.mark.parametrize("name", ["max_tokens", "seed", "temperature", "n", "top_k"])
+    def test_a_number_larger_than_any_float(self, url, name):
+        status, answer = ask(f"{url}v1/chat/completions", chat("say: x", **{name: 10**400}))
+        assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, name, "invalid_value")
+        assert len(answer["error"]["message"]) < 200
+
+    def test_a_bug_in_the_server_is_logged_and_answered_with_an_error_object(self, url, scripted, monkeypatch, caplog):
+        def break_down(request):
+            raise KeyError("a secret of the server's")
+
+        monkeypatch.setattr(scripted, "submit", break_down)
+        status, answer = ask(f"{url}v1/chat/completions", chat("say: x"))
+        assert (status, answer["error"]["type"]) == (500, "server_error")
+        assert "secret" not in answer["error"]["message"]
+        assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [KeyError]
 
     def test_a_body_that_is_too_large(self, url, monkeypatch):
         monkeypatch.setattr(openai_api, "MAX_BODY_BYTES", 100)
@@ -206,16 +253,46 @@ class TestResuming:
                 status
             )
 
-    @pytest.mark.parametrize("id", ["x", "chatcmpl-x:1", ":", "7"])
+    @pytest.mark.parametrize("id", ["x", "chatcmpl-x:1", ":", "7", "x:" + "9" * 5000])
     def test_an_unknown_one_is_not_found(self, url, id):
         status, body = ask(f"{url}v1/chat/completions", chat("say: x", stream=True), last_event_id=id)
         assert (status, body["error"]["code"]) == (404, "stream_not_found")
 
-    def test_an_id_from_the_future_is_not_found(self, url):
+    @pytest.mark.parametrize("offset", ["99", "-1", "", "x", "1.1", "1.x", "9" * 5000])
+    def test_an_offset_that_the_stream_does_not_have_is_not_found(self, url, offset):
         frames = list(Stream(url, chat("say: ab")))
-        last_id = frames[-2][0]
-        future = f"{last_id.partition(':')[0]}:99"
-        assert ask(f"{url}v1/chat/completions", {}, last_event_id=future)[0] == 404
+        answer, _, _ = frames[-2][0].partition(":")
+        status, body = ask(f"{url}v1/chat/completions", {}, last_event_id=f"{answer}:{offset}")
+        assert (status, body["error"]["code"]) == (404, "stream_not_found")
+
+
+class ToldEngine:
+    """An engine whose generations end when they are told to."""
+
+    kind, model_id, tokenizer = "told", "told", None
+
+    def __init__(self) -> None:
+        self.runs: list[Generation] = []
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        log = EventLog()
+        run = Generation(request, (1,), log=log, seed=1, cancel=lambda run: log.append(FinishEvent("cancelled")))
+        self.runs.append(run)
+        return run
+
+    def status(self) -> EngineStatus:
+        return EngineStatus("ready", self.model_id)
+
+
+def test_one_choice_that_breaks_ends_the_others_at_once():
+    engine = ToldEngine()
+    with serving_api(engine) as url, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, f"{url}v1/chat/completions", chat("x", n=3))
+        wait_for(lambda: len(engine.runs) == 3)
+        engine.runs[1].log.append(FinishEvent("error", "the second one broke"))
+        status, body = answer.result(WAIT_S)
+        assert (status, body["error"]["message"]) == (500, "the second one broke")
+        assert [run.result(WAIT_S).finish.reason for run in engine.runs] == ["cancelled", "error", "cancelled"]
 
 
 def test_a_silent_stream_sends_heartbeats(url, monkeypatch):
@@ -252,3 +329,42 @@ class TestSeveralModels:
             status, body = ask(f"{url}v1/chat/completions", chat("say: x", model="third"))
             assert (status, body["error"]["code"]) == (404, "model_not_found")
             assert "'first', 'second'" in body["error"]["message"]
+
+    def test_one_that_is_not_there_begins_to_load_and_has_everyone_ask_again(self):
+        release = threading.Event()
+        menu = ModelMenu(lambda name, make_room: LateEngine(name, lambda: release.wait(WAIT_S)), ["first", "second"])
+        with closing(menu), serving_api(menu) as url, ExitStack() as at_the_end:
+            at_the_end.callback(release.set)
+            body, path = chat("say: x", model="second"), f"{url}v1/chat/completions"
+            refusals = [ask(path, body) for _ in range(3)]
+            assert [(status, answer["error"]["code"]) for status, answer in refusals] == [(503, "model_loading")] * 3
+            assert [model.status().state for model in menu.models] == ["unloaded", "loading"]
+            release.set()
+            assert menu.find("second").wait_ready(WAIT_S)
+            assert ask(path, body)[1]["choices"][0]["message"]["content"] == "x"
+
+    def test_one_that_could_not_be_loaded_says_why_and_a_while_later_is_tried_anew(self, monkeypatch):
+        monkeypatch.setattr(menu_model, "RETRY_S", 0.0)
+        release, failures = threading.Event(), [ModelUnavailable("There is no such disk; mount it.")]
+
+        def fail_once():
+            release.wait(WAIT_S)
+            if failures:
+                raise failures.pop()
+
+        menu = ModelMenu(lambda name, make_room: LateEngine(name, fail_once), ["first"])
+        with closing(menu), serving_api(menu) as url, ExitStack() as at_the_end:
+            at_the_end.callback(release.set)
+            seen = []
+            for state in ("failed", "failed", "ready", "ready"):
+                release.clear()
+                status, body = ask(f"{url}v1/chat/completions", chat("say: x"))
+                seen.append((status, body["error"]["message"] if "error" in body else body["object"]))
+                release.set()
+                wait_for(lambda state=state: menu.first.status().state == state)
+        assert seen == [
+            (503, "The model is still loading; try again."),
+            (503, "There is no such disk; mount it."),
+            (503, "The model is still loading; try again."),
+            (200, "chat.completion"),
+        ]

@@ -2,13 +2,14 @@
 
 import asyncio
 import itertools
+from contextlib import ExitStack, closing
 
 import pytest
 
 from streaming.settings import Settings
 from streaming.ui.build import build_app, launch_app
-from tests.scripted import LONG
-from tests.serving import WAIT_S, ask, wait_for, wait_free
+from tests.scripted import LONG, ScriptedEngine
+from tests.serving import WAIT_S, ask, serving, wait_for, wait_free
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,38 @@ def test_cancelling_the_job_frees_the_engine(client, url):
     assert ask(f"{url}healthz")[1]["active"] == 1
     job.cancel()
     wait_free(url)
+
+
+@pytest.mark.parametrize(
+    ("auth", "persons"),
+    [
+        ((), ({}, None, {})),
+        ((("ann", "one"), ("bob", "two")), ({"auth": ("ann", "one")},) * 2 + ({"auth": ("bob", "two")},)),
+    ],
+    ids=["programs", "accounts"],
+)
+def test_each_program_is_one_person_and_with_accounts_each_account(auth, persons):
+    """`persons` are how ann connects, ann connects again (None: it is the same program), and bob."""
+    from gradio_client import Client
+
+    engine, owners = ScriptedEngine(max_active=1), []
+    submit = engine.submit
+    engine.submit = lambda request: owners.append(request.owner) or submit(request)
+    with closing(engine), serving(engine, auth=auth) as url, ExitStack() as stack:
+        stack.callback(engine.go.set)
+        ann, again, bob = (
+            who if who is None else stack.enter_context(closing(Client(url, verbose=False, **who))) for who in persons
+        )
+        first = ann.submit("hold: first", api_name="/chat")
+        assert engine.held.wait(WAIT_S)
+        for api_name in ("/chat", "/complete"):
+            with pytest.raises(Exception, match=r"as one person may \(1\)"):
+                (again or ann).submit("say: too many", api_name=api_name).result(WAIT_S)
+        other = bob.submit("say: other", api_name="/chat")
+        wait_for(lambda: ask(f"{url}healthz")[1]["queued"] == 1)
+        engine.go.set()
+        assert (first.result(WAIT_S), other.result(WAIT_S)) == ("first", "other")
+    assert owners[0] == owners[1] == owners[2] != owners[3]
 
 
 def test_healthz_tells_how_the_engine_is(url):

@@ -5,9 +5,9 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from streaming.engine.base import Generation, GenerationRequest
+from streaming.engine.base import EngineStatus, Generation, GenerationRequest
 from streaming.errors import InvalidRequest
-from streaming.events import FinishEvent, Timings, TokenEvent
+from streaming.events import NO_ID, FinishEvent, Timings, TokenEvent
 from streaming.log import EventLog
 from streaming.server.metrics import MeteredEngine
 from tests.scripted import LONG
@@ -93,6 +93,25 @@ class _LogEngine:
             log.append(TokenEvent(i, i, "x", t_s=0.01 * (i + 1)))
         log.append(FinishEvent("length", n_generated_tokens=self.n_tokens, timings=Timings(0.0, 0.01, 100.0)))
         return Generation(request, (1,), log=log, seed=1, cancel=lambda run: None)
+
+    def status(self):
+        return EngineStatus("ready", self.model_id)
+
+
+def test_tokens_that_came_several_in_an_event_are_all_counted_once_the_engine_says_how_many():
+    log = EventLog()
+    engine = _LogEngine(0)
+    engine.submit = lambda request: Generation(request, (1,), log=log, seed=1, cancel=lambda run: None)
+    metered, seen = MeteredEngine(engine), []
+    metered.submit(GenerationRequest(prompt="x"))
+    for event in (
+        TokenEvent(0, NO_ID, "one two", t_s=0.1),
+        TokenEvent(1, NO_ID, " three four", t_s=0.2),
+        FinishEvent("stop", n_generated_tokens=5, timings=Timings(0.0, 0.1, 10.0)),
+    ):
+        log.append(event)
+        seen.append(samples(metered.exposition())["brook_generated_tokens_total"])
+    assert seen == [1, 2, 5]
 
 
 def test_what_has_ended_is_let_go_of_without_anyone_asking_for_metrics():

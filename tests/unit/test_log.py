@@ -140,3 +140,19 @@ class TestReading:
         asyncio.run(start())
         log.append(FinishEvent("stop"))
         assert log.finish is not None
+
+    @pytest.mark.parametrize("closed", ["before", "while it is woken"])
+    def test_a_loop_that_was_closed_under_a_reader_does_not_disturb_the_writer(self, closed, monkeypatch):
+        log, loop = EventLog(), asyncio.new_event_loop()
+        reader = loop.create_task(log.wait_async(0))
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        if closed == "while it is woken":  # it was still open when the writer looked
+            monkeypatch.setattr(loop, "is_closed", lambda: False)
+        events = [token(0), FinishEvent("stop")]
+        for event in events:
+            log.append(event)
+        log.touch()
+        assert log.snapshot() == events
+        reader.get_coro().close()
+        reader._log_destroy_pending = False

@@ -47,6 +47,17 @@ def test_what_is_left_open_or_null_is_the_models():
     assert parse_completion({"prompt": "x"}, "").requests[0].max_new_tokens == 16
 
 
+@pytest.mark.parametrize(
+    ("seed", "seeds"), [(0, [0, 1]), (-1, [2**63 - 1, 0]), (-(2**63), [0, 1]), (2**63 - 1, [2**63 - 1, 0])]
+)
+def test_every_seed_of_64_bits_is_one_for_each_choice(seed, seeds):
+    assert [request.seed for request in chat(seed=seed, n=2).requests] == seeds
+
+
+def test_top_k_is_off_at_zero_and_at_vllms_minus_one():
+    assert [chat(top_k=k).requests[0].top_k for k in (0, -1, 1, None)] == [0, 0, 1, None]
+
+
 def test_what_changes_nothing_is_accepted():
     chat(**dict.fromkeys(HARMLESS, "x"))
     chat(
@@ -54,6 +65,7 @@ def test_what_changes_nothing_is_accepted():
         parallel_tool_calls=True,
     )  # fmt: skip
     parse_completion({"prompt": "x", "echo": False, "best_of": 1, "suffix": ""}, "")
+    parse_chat({"messages": [{"role": "user", "content": "x", "name": None}]}, "")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +93,10 @@ def test_what_would_change_the_answer_is_refused_by_name(member):
         ({"temperature": "1"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"max_tokens": 10**400}, "max_tokens"),
+        ({"seed": 10**400}, "seed"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 2}, "top_p"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
@@ -89,7 +105,9 @@ def test_what_would_change_the_answer_is_refused_by_name(member):
         ({"max_completion_tokens": 1, "max_tokens": 1}, "max_tokens"),
         ({"n": 0}, "n"),
         ({"n": 17}, "n"),
-        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"top_k": -2}, "top_k"),
         ({"stop": [1]}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": "\ud800"}, "stop"),

@@ -84,6 +84,22 @@ def test_one_person_has_so_many_at_a_time_waiting_or_served():
     assert list(queue) == ["ann2", "bob1", "ann3"]
 
 
+def test_one_person_has_no_more_in_several_lines():
+    queue: FairQueue[str] = FairQueue(max_active=2)
+    queue.add("ann's first", "first", "ann")
+    queue.add("ann's second", "second", "ann")
+    assert queue.take() == "ann's first"
+    with pytest.raises(EngineBusy, match=r"as one person may \(2\)"):
+        queue.add("ann's third", "third", "ann")
+    queue.add("bob's", "first", "bob")
+    assert list(queue) == ["ann's second", "bob's"]
+    assert queue.remove("ann's second")
+    queue.add("ann's third", "third", "ann")
+    queue.release("ann's first")
+    queue.add("ann's fourth", "third", "ann")
+    assert drain(queue) == ["bob's", "ann's third", "ann's fourth"]
+
+
 def test_so_many_may_wait_in_all():
     queue = filled("ann1", "bob1", max_queued=2)
     with pytest.raises(EngineBusy, match=r"As many requests are waiting as may \(2\); try again in a minute\.$"):

@@ -1,6 +1,8 @@
 """The API's answers are kept within bounds, and cancelled once nobody reads them."""
 
 import asyncio
+import gc
+import weakref
 from contextlib import aclosing
 
 import pytest
@@ -26,54 +28,113 @@ def answer(name: str, n: int = 1, **options) -> Answer:
     return Answer(name, "me", "tiny", Asked((), is_chat=True, model=None, **options), runs)
 
 
-def ended(name: str) -> Answer:
-    done = answer(name)
-    done.runs[0].log.append(FinishEvent("stop"))
-    return done
+class Clock(asyncio.SelectorEventLoop):
+    """A loop whose time goes on when it is told to, and then at once."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    async def pass_s(self, seconds: float) -> None:
+        self.now += seconds
+        await asyncio.sleep(0)  # what is due is found
+        await asyncio.sleep(0)  # and done
+
+
+def on_a_clock(story):
+    """Run a story that is told with a Clock."""
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        return runner.run(story(runner.get_loop()))
+
+
+def read_once(answers: Answers, it: Answer) -> None:
+    with answers.reading(it):
+        pass
+
+
+def end(it: Answer) -> None:
+    for run in it.runs:
+        run.log.append(FinishEvent("stop"))
 
 
 def test_ended_answers_are_kept_up_to_a_number(monkeypatch):
     monkeypatch.setattr(streams, "MAX_KEPT", 3)
-    answers = Answers()
-    running = answer("running")
-    answers.add(running)
-    for i in range(6):
-        answers.add(ended(str(i)))
-    assert [i for i in range(6) if answers.find(str(i), "me")] == [3, 4, 5]
-    assert answers.find("running", "me") is running
+
+    async def story(clock: Clock) -> tuple[list[int], bool, bool]:
+        answers = Answers()
+        running, deserted = answer("running"), answer("deserted", resume_s=20)
+        answers.add(running)
+        answers.add(deserted)
+        read_once(answers, deserted)
+        with answers.reading(running):
+            for i in range(6):
+                done = answer(str(i))
+                answers.add(done)
+                with answers.reading(done):
+                    end(done)
+                await clock.pass_s(1)
+            kept = [i for i in range(6) if answers.find(str(i), "me")]
+            return kept, answers.find("running", "me") is running, answers.find("deserted", "me") is deserted
+
+    assert on_a_clock(story) == ([3, 4, 5], True, True)
 
 
-def test_ended_answers_are_kept_for_a_while(monkeypatch):
-    answers = Answers()
-    done = ended("done")
-    answers.add(done)
-    assert answers.find("done", "me") is done
-    assert answers.find("done", "you") is None
-    done.left_at -= streams.KEEP_S + 1
-    assert answers.find("done", "me") is None
+def test_an_answer_is_forgotten_a_minute_after_its_last_reader_left_though_nobody_asks_for_anything():
+    async def story(clock: Clock) -> list[bool]:
+        answers, it = Answers(), answer("done")
+        answers.add(it)
+        assert answers.find("done", "you") is None
+        with answers.reading(it):
+            end(it)
+            await clock.pass_s(1000)
+        await clock.pass_s(59)
+        found, there = answers.find("done", "me"), weakref.ref(it)
+        read_once(answers, it)
+        await clock.pass_s(0)
+        seen = [found is it]
+        del it, found
+        for seconds in (59, 2):
+            await clock.pass_s(seconds)
+            gc.collect()
+            seen.append(there() is not None)
+        return seen
+
+    assert on_a_clock(story) == [True, True, False]
 
 
 def test_an_answer_is_cancelled_when_its_last_reader_leaves():
-    answers, it = Answers(), answer("x", n=2)
-    with answers.reading(it):
+    async def story(clock: Clock) -> list[str | None]:
+        answers, it = Answers(), answer("x", n=2)
+        answers.add(it)
         with answers.reading(it):
-            pass
-        assert not it.is_done
-    assert [run.finish.reason for run in it.runs] == ["cancelled"] * 2
+            read_once(answers, it)
+            await clock.pass_s(1000)
+            assert not it.is_done
+        await clock.pass_s(0)
+        return [run.finish and run.finish.reason for run in it.runs]
+
+    assert on_a_clock(story) == ["cancelled"] * 2
 
 
-def test_a_reader_who_comes_back_in_time_keeps_it_going():
-    async def leave_and_return() -> tuple[bool, bool]:
-        answers, it = Answers(), answer("x", resume_s=0.05)
+def test_a_reader_who_comes_back_in_time_keeps_it_going_however_often_it_leaves():
+    async def story(clock: Clock) -> list[bool]:
+        answers, it = Answers(), answer("x", resume_s=20)
+        answers.add(it)
+        read_once(answers, it)
+        seen = []
+        for away_s in (15, 15, 15):
+            await clock.pass_s(away_s)
+            seen.append(it.is_done)
+            read_once(answers, it)
         with answers.reading(it):
-            pass
-        with answers.reading(it):
-            await asyncio.sleep(0.1)
-            was_done = it.is_done
-        await asyncio.sleep(0.1)
-        return was_done, it.is_done
+            await clock.pass_s(1000)
+        for away_s in (19, 2):
+            await clock.pass_s(away_s)
+            seen.append(it.is_done)
+        return seen
 
-    assert asyncio.run(leave_and_return()) == (False, True)
+    assert on_a_clock(story) == [False] * 4 + [True]
 
 
 def test_several_logs_are_followed_as_one_to_the_end_of_each():

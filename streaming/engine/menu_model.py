@@ -42,14 +42,6 @@ class MenuModel:
         with self._lock:
             self._start(at_once=True)
 
-    def begin(self) -> EngineStatus:
-        """Do what a request does before it waits, load the model where it is not there, and say how it is."""
-        with self._lock:
-            status = self._start().status()
-            if status.state == "failed":
-                self._failed_at = min(self._failed_at, time.monotonic())
-        return status
-
     def unload(self, *, even_in_use: bool = False) -> int:
         """Free its memory, unless it is in use, or then too, and cancel what it writes; give the bytes freed."""
         with self._lock:

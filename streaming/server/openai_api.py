@@ -20,9 +20,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from streaming.engine.base import Engine, Generation, GenerationRequest
-from streaming.engine.menu import ModelMenu
-from streaming.engine.menu_model import MenuModel
-from streaming.errors import BrookError, ModelUnavailable
+from streaming.errors import BrookError
 from streaming.events import FinishEvent
 from streaming.server.access import Access
 from streaming.server.api_errors import ApiError, as_api_error, server_error
@@ -43,13 +41,13 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def build_api_routes(
-    engine: Engine, access: Access, models: Callable[[], Mapping[str, MenuModel]] | None = None
+    engine: Engine, access: Access, models: Callable[[], Mapping[str, Engine]] | None = None
 ) -> tuple[BaseRoute, ...]:
     """Give the routes under `/v1`, for `launch_app`.
 
     `models` tells those that the engine has, in order, by the names that they answer to; each is listed by its id.
     """
-    api = _Api(engine, access, models or _only(engine))
+    api = _Api(engine, access, models or (lambda: {engine.model_id: engine}))
     return (
         Route("/v1/models", _answering(api.models), methods=["GET"]),
         Route("/v1/models/{model:path}", _answering(api.model), methods=["GET"]),
@@ -62,7 +60,7 @@ def build_api_routes(
 class _Api:
     """The endpoints. They run in the server's event loop; what may wait for the engine runs in threads."""
 
-    def __init__(self, engine: Engine, access: Access, models: Callable[[], Mapping[str, MenuModel]]) -> None:
+    def __init__(self, engine: Engine, access: Access, models: Callable[[], Mapping[str, Engine]]) -> None:
         self._engine = engine
         self._access = access
         self._models = models
@@ -188,7 +186,7 @@ class _Api:
     def _ids(self) -> list[str]:
         return list(dict.fromkeys(model.model_id for model in self._models().values()))
 
-    def _require(self, model: str | None) -> MenuModel:
+    def _require(self, model: str | None) -> Engine:
         """Give the model that is asked for: the first one where none is named."""
         models = self._models()
         if model is None or model == NO_MODEL:
@@ -242,20 +240,14 @@ def _answering(endpoint: Endpoint) -> Endpoint:
     return answer
 
 
-def _only(engine: Engine) -> Callable[[], Mapping[str, MenuModel]]:
-    model = ModelMenu.of(engine).first
-    return lambda: {model.name: model}
-
-
-def _require_loaded(model: MenuModel) -> None:
+def _require_loaded(model: Engine) -> None:
     """Begin to load a model that is not there, and have the client ask again: nothing waits here for minutes.
 
-    Where loading failed, it is told why; a while later, when what was missing may be there, it is tried anew.
+    Raises:
+        ApiError: it is loading.
+        ModelUnavailable: it could not be loaded; the menu has a later request try anew.
     """
-    status = model.begin()
-    if status.state == "failed":
-        raise ModelUnavailable(status.detail)
-    if status.state == "loading":
+    if not model.wait_ready(0):
         raise ApiError(503, "The model is still loading; try again.", type="server_error", code="model_loading")
 
 

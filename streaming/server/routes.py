@@ -6,7 +6,6 @@ from starlette.routing import BaseRoute
 
 from streaming.engine.base import Engine
 from streaming.engine.menu import ModelMenu
-from streaming.engine.menu_model import MenuModel
 from streaming.server.access import Access
 from streaming.server.metrics import MeteredEngine, metrics_route
 from streaming.server.openai_api import build_api_routes
@@ -23,6 +22,6 @@ def meter(menu: ModelMenu, settings: Settings) -> tuple[Engine, tuple[BaseRoute,
     )
 
 
-def _names_of(menu: ModelMenu) -> Mapping[str, MenuModel]:
+def _names_of(menu: ModelMenu) -> Mapping[str, Engine]:
     """Give the models by what they may be called: by what each is, and by what it was before that was known."""
     return {name: model for model in menu.models for name in (model.model_id, model.name)}

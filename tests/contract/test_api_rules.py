@@ -280,6 +280,9 @@ class ToldEngine:
         self.runs.append(run)
         return run
 
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        return True
+
     def status(self) -> EngineStatus:
         return EngineStatus("ready", self.model_id)
 

@@ -140,13 +140,17 @@ def replace_linears(model: Any, keep: list[str] | None = None) -> None:
     """Put packed modules, still without weights, in place of the linear layers of a model on the meta device.
 
     Left alone are subclasses, which may do more than multiply, columns that do not divide by 32, and names in `keep`.
-    The head is replaced together with the embedding, because they may be one tensor.
+    The head is replaced or left alone together with the embedding, because they may be one tensor.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    head_packs = _packs(head, nn.Linear) and (type(embedding) is nn.Embedding) and _packs(embedding, nn.Embedding)
+    modules = dict(model.named_modules())
+    wanted = {name for name in modules if should_convert_module(name, keep)}
+    pair = {name for name, module in modules.items() if module in (embedding, head)}
+    if not (pair <= wanted and _packs(head, nn.Linear) and _packs(embedding, nn.Embedding)):
+        wanted -= pair
     replaced = 0
-    for name, module in list(model.named_modules()):
-        if not should_convert_module(name, keep) or (module in (embedding, head) and not head_packs):
+    for name, module in modules.items():
+        if name not in wanted:
             continue
         with torch.device("meta"):
             if module is embedding:

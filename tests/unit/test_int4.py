@@ -182,6 +182,19 @@ def test_what_does_not_pack_is_left_alone(tmp_path):
     assert type(layer.mlp.gate_proj) is int4.PackedLinear
 
 
+@pytest.mark.parametrize("name", ["llama", "llama tied"])
+@pytest.mark.parametrize("kept", ["lm_head", "embed_tokens"])
+def test_the_head_and_the_embedding_are_left_alone_together(tmp_path, name, kept):
+    model = random_model(WITH_STEP[name])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=int4.Int4Config([kept]))
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert (loaded(ids).logits - model(ids).logits).norm() < 0.25 * model(ids).logits.norm()
+    assert (type(loaded.lm_head), type(loaded.model.embed_tokens)) == (torch.nn.Linear, torch.nn.Embedding)
+    assert type(loaded.model.layers[0].mlp.gate_proj) is int4.PackedLinear
+
+
 def test_a_model_without_linears_is_refused_in_a_sentence(tmp_path):
     config = copy.deepcopy(WITH_STEP["llama"])
     config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim = 72, 72, 1, 72

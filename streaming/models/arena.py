@@ -5,6 +5,7 @@ in pages of 2 MiB (Linux, where it grants them) 46, which makes a step some 15 %
 """
 
 import mmap
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ def move_to_arena(model: Any) -> None:
     if not hasattr(mmap, "MADV_HUGEPAGE") or not packed:
         return
     memory = mmap.mmap(-1, sum(sizes) + _PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel built without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     arena = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory` alive
     at = -arena.data_ptr() % _PAGE_BYTES
     for parameter, size in zip(packed, sizes, strict=True):

@@ -1,6 +1,8 @@
 """Packed weights stand for the numbers they should, in every kernel and every kind of model."""
 
 import copy
+import errno
+import mmap
 
 import gguf
 import numpy as np
@@ -193,6 +195,16 @@ def test_the_head_and_the_embedding_are_left_alone_together(tmp_path, name, kept
         assert (loaded(ids).logits - model(ids).logits).norm() < 0.25 * model(ids).logits.norm()
     assert (type(loaded.lm_head), type(loaded.model.embed_tokens)) == (torch.nn.Linear, torch.nn.Embedding)
     assert type(loaded.model.layers[0].mlp.gate_proj) is int4.PackedLinear
+
+
+def test_a_system_without_large_pages_still_packs(monkeypatch):
+    class WithoutLargePages(mmap.mmap):
+        def madvise(self, option):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", WithoutLargePages)
+    packed = int4.pack_model(random_model(WITH_STEP["llama"]))
+    assert packed(torch.arange(3, 20)[None]).logits.isfinite().all()
 
 
 def test_a_model_without_linears_is_refused_in_a_sentence(tmp_path):

@@ -231,6 +231,10 @@ def test_auto_packs_on_a_cpu_unless_told_otherwise(monkeypatch):
         choose_int4("int4", "auto", CPU, is_quantized=True)
     with pytest.raises(ModelUnavailable, match="run on the CPU, not on cuda"):
         choose_int4("int4", "auto", torch.device("cuda"), is_quantized=False)
+    assert choose_int4("int4", "float32", CPU, is_quantized=False)
+    for dtype in ("bfloat16", "float16"):
+        with pytest.raises(ModelUnavailable, match=r"float32.*--dtype auto.*--quantize none\.$"):
+            choose_int4("int4", dtype, CPU, is_quantized=False)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True})
     assert not choose_int4("auto", "auto", CPU, is_quantized=False)

@@ -42,7 +42,7 @@ class PackedLinear(nn.Module):
         self.bits = bits
         shape = packed_shape(out_features, in_features, bits)
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features).float().contiguous()

@@ -4,6 +4,7 @@ A model is always loaded from files on this machine, which `sources.py` brings h
 not run unless the caller trusts it.
 """
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -87,7 +88,9 @@ def load_model(
             files = source.fetch(weights=True)
             n_bytes = _count_file_bytes(files)
         else:
-            n_bytes = _count_bytes(config, torch.uint8 if int4 else torch_dtype, trust_remote_code)
+            skeleton = _build_skeleton(config, trust_remote_code)
+            int4 = int4 and _pack_skeleton(skeleton, must_pack=quantize == "int4")
+            n_bytes = _count_bytes(skeleton, torch.float32 if int4 else torch_dtype)
         if make_room is not None:
             make_room(n_bytes, free_bytes(torch_device))
         require_memory(n_bytes, torch_device, name)
@@ -166,12 +169,33 @@ def _load_tokenizer(files: Path | SmolGguf, trust_remote_code: bool) -> Any:
     return transformers.AutoTokenizer.from_pretrained(**_arguments(files, trust_remote_code))
 
 
-def _count_bytes(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> int:
-    """Count the bytes that a model's weights take in `dtype`, from its shape alone."""
+def _build_skeleton(config: Any, trust_remote_code: bool) -> Any:
+    """Build the model without its weights, in float32: to build it in another dtype changes torch's default meanwhile,
+    for every thread (transformers 5.23, `modeling_utils.local_torch_dtype`)."""
     with torch.device("meta"):
-        skeleton: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    n_values: int = sum(parameter.numel() for parameter in skeleton.parameters())
-    return dtype.itemsize * n_values
+        return transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+
+
+def _pack_skeleton(skeleton: Any, must_pack: bool) -> bool:
+    """Replace what loading will pack; return whether there is any, or raise ModelUnavailable if there must be."""
+    from streaming.models.int4 import replace_linears
+
+    try:
+        replace_linears(skeleton)
+    except ModelUnavailable:
+        if must_pack:
+            raise
+        return False
+    skeleton.tie_weights()
+    return True
+
+
+def _count_bytes(skeleton: Any, dtype: torch.dtype) -> int:
+    """Count the bytes that a model's weights take, what is not packed in `dtype`."""
+    parameters = skeleton.parameters()
+    return sum(p.numel() * (dtype if p.is_floating_point() else p.dtype).itemsize for p in parameters)
 
 
 def _count_file_bytes(files: Path) -> int:

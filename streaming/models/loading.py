@@ -33,7 +33,9 @@ MakeRoom = Callable[[int, int], None]
 """Takes the bytes that a model needs and those that are free, before its weights are touched; may free some, or raise
 ModelTooLarge."""
 
-_progress_bars = threading.Lock()  # transformers has one hook for all of them
+# While transformers builds a model, torch's default dtype is that model's, for every thread (transformers 5.23,
+# `modeling_utils.local_torch_dtype`); and it has one hook for all progress bars.
+_building = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +172,8 @@ def _load_tokenizer(files: Path | SmolGguf, trust_remote_code: bool) -> Any:
 
 
 def _build_skeleton(config: Any, trust_remote_code: bool) -> Any:
-    """Build the model without its weights, in float32: to build it in another dtype changes torch's default meanwhile,
-    for every thread (transformers 5.23, `modeling_utils.local_torch_dtype`)."""
-    with torch.device("meta"):
+    """Build the model without its weights, in float32, which is torch's default already."""
+    with _building, torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
         )
@@ -257,7 +258,7 @@ def _assemble(files: Path | SmolGguf, config: Any, weights: dict[str, torch.Tens
     else:
         generation_config = transformers.GenerationConfig.from_pretrained(files)
     dtype = weights["model.norm.weight"].dtype
-    with _no_progress_bar():
+    with _building, _no_progress_bar():
         return transformers.LlamaForCausalLM.from_pretrained(
             None, config=config, state_dict=weights, generation_config=generation_config, dtype=dtype
         )
@@ -284,7 +285,7 @@ def _reporting(progress: ProgressCallback) -> Iterator[None]:
             return bar
         return telling_layers(bar, [name for name, _ in args[0]], progress)
 
-    with _progress_bars:
+    with _building:
         before = transformers.utils.logging.set_tqdm_hook(hook)
         try:
             yield

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -272,6 +273,17 @@ def test_packing_leaves_the_default_dtype_of_everyone_else_alone(folder, monkeyp
     monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: (dtypes.add(dtype), set_dtype(dtype)))
     load_model(str(folder), device="cpu", quantize="int4")
     assert dtypes <= {torch.float32}
+
+
+def test_models_that_load_at_once_get_each_its_own_dtype(folder, monkeypatch):
+    set_dtype = torch.set_default_dtype
+    monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: (set_dtype(dtype), time.sleep(0.02)))
+    names = ["bfloat16", "float32"] * 6
+    with ThreadPoolExecutor(4) as pool:
+        models = pool.map(lambda name: load_model(str(folder), device="cpu", dtype=name).model, names)
+        dtypes = [{parameter.dtype for parameter in model.parameters()} for model in models]
+    assert dtypes == [{getattr(torch, name)} for name in names]
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_model_too_large_is_refused_before_its_weights_are_touched(folder):

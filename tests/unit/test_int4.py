@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from streaming.errors import ModelUnavailable
 from streaming.models import int4, kernels, packing, parallel
 from streaming.models.device import choose_int4
+from tests.gguf_files import random_blocks
 from tests.packed import WITH_STEP, WITHOUT_STEP, random_model
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def packed_and_float(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, 
     return packed, packing.unpack(packed, rows)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
 def test_ggml_blocks_are_packed_without_loss(kind):
     ggml_type = gguf.GGMLQuantizationType[kind]
     weight = np.random.default_rng(0).standard_normal((37, 96)).astype(np.float32)
@@ -43,7 +44,20 @@ def test_ggml_blocks_are_packed_without_loss(kind):
     assert np.array_equal(packing.unpack(packed, 37).numpy(), gguf.quants.dequantize(blocks, ggml_type))
 
 
-@pytest.mark.parametrize(("kind", "halves"), [("Q6_K", [-1]), ("Q4_K", [0, 1])])
+def test_q4_k_blocks_are_packed_in_4_bits_nearer_than_8_bits_would_be():
+    ggml_type = gguf.GGMLQuantizationType.Q4_K
+    blocks = random_blocks("Q4_K", (37, 512))
+    exact = torch.from_numpy(gguf.quants.dequantize(blocks, ggml_type))
+    packed = packing.pack_ggml(torch.from_numpy(blocks), int(ggml_type))
+    assert packing.bits_of(packed) == 4
+    error, error_of_8_bits = (
+        (packing.unpack(weight, 37) - exact).abs().max() for weight in (packed, packing.quantize(exact, 8))
+    )
+    assert error < 2**-10 * exact.abs().max()
+    assert error < error_of_8_bits / 4
+
+
+@pytest.mark.parametrize(("kind", "halves"), [("Q6_K", [-1]), ("Q5_K", [0, 1])])
 def test_other_block_types_are_rounded_to_8_bits(kind, halves):
     ggml_type = gguf.GGMLQuantizationType[kind]
     _, n_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
@@ -56,8 +70,8 @@ def test_other_block_types_are_rounded_to_8_bits(kind, halves):
 
 
 def test_unknown_block_types_are_refused():
-    with pytest.raises(ValueError, match="GGML type 6 is not known"):
-        int4.pack_blocks(torch.zeros(16, 22, dtype=torch.uint8), int(gguf.GGMLQuantizationType.Q5_0))
+    with pytest.raises(ValueError, match="GGML type 7 is not known"):
+        int4.pack_blocks(torch.zeros(16, 24, dtype=torch.uint8), int(gguf.GGMLQuantizationType.Q5_1))
 
 
 def test_float16_matrices_are_rounded_to_8_bits():

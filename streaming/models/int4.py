@@ -22,9 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from streaming.errors import ModelUnavailable
 from streaming.models.arena import move_to_arena
-from streaming.models.gguf import unpack_blocks
 from streaming.models.kernels import multiply, multiply_unpacked, take_rows
-from streaming.models.packing import GROUP_COLUMNS, PACKABLE, pack_ggml, packed_shape, quantize
+from streaming.models.packing import GROUP_COLUMNS, bits_of, packed_shape, quantize
 
 METHOD = "brook_int4"
 
@@ -39,10 +38,13 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.bits = bits
         shape = packed_shape(out_features, in_features, bits)
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32), requires_grad=False) if bias else None
+
+    @property
+    def bits(self) -> int:
+        return bits_of(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features).float().contiguous()
@@ -191,15 +193,3 @@ def pack_model(model: Any) -> Any:
         del old.weight
     move_to_arena(model)
     return model
-
-
-def pack_blocks(blocks: torch.Tensor, ggml_type: int) -> torch.Tensor:
-    """Return GGML blocks `(rows, bytes a row)` as a packed weight, and plain values as float32.
-
-    Q4_0, Q4_1 and Q8_0 keep their exact values; other block types are rounded to 8 bits.
-    """
-    if ggml_type in PACKABLE:
-        return pack_ggml(blocks, ggml_type)
-    weight = unpack_blocks(blocks, ggml_type, torch.float32)
-    # The clone lets go of the file that a plain value may still be a part of.
-    return quantize(weight, bits=8) if weight.dim() == 2 else weight.clone()

@@ -35,7 +35,7 @@ FOUR_BITS = {GGML_Q4_0, GGML_Q4_1, GGML_Q4_K}
 EXACT = {GGML_Q4_0, GGML_Q4_1, GGML_Q5_0, GGML_Q8_0}
 """GGML types that are packed without any rounding."""
 PACKABLE = EXACT | {GGML_Q4_K}
-"""GGML types that are packed as they are, which of Q4_K rounds no more than its scales and offsets, to float16."""
+"""GGML types whose blocks are packed as they are, but for the scales and offsets of Q4_K."""
 
 # How far the range of a group is narrowed in search of the 4-bit grid with the least squared error.
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)

@@ -57,36 +57,6 @@ def test_q4_k_blocks_are_packed_in_4_bits_nearer_than_8_bits_would_be():
     assert error < error_of_8_bits / 4
 
 
-@pytest.mark.parametrize(("kind", "halves"), [("Q6_K", [-1]), ("Q5_K", [0, 1])])
-def test_other_block_types_are_rounded_to_8_bits(kind, halves):
-    ggml_type = gguf.GGMLQuantizationType[kind]
-    _, n_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
-    blocks = np.random.default_rng(0).integers(0, 255, (16, n_bytes), dtype=np.uint8)
-    blocks.view(np.float16)[:, halves] = 0.01
-    expected = gguf.quants.dequantize(blocks, ggml_type)
-    packed = int4.pack_blocks(torch.from_numpy(blocks), int(ggml_type))
-    assert packing.bits_of(packed) == 8
-    assert np.abs(packing.unpack(packed, 16).numpy() - expected).max() < 0.005 * np.abs(expected).max()
-
-
-def test_unknown_block_types_are_refused():
-    with pytest.raises(ValueError, match="GGML type 7 is not known"):
-        int4.pack_blocks(torch.zeros(16, 24, dtype=torch.uint8), int(gguf.GGMLQuantizationType.Q5_1))
-
-
-def test_float16_matrices_are_rounded_to_8_bits():
-    weight = torch.randn(16, 64).half()
-    packed = int4.pack_blocks(weight, int(gguf.GGMLQuantizationType.F16))
-    assert (packing.unpack(packed, 16) - weight.float()).abs().max() < 0.01 * weight.abs().max()
-
-
-def test_plain_values_stay_float32_and_hold_no_file():
-    norm = torch.ones(48)
-    kept = int4.pack_blocks(norm, int(gguf.GGMLQuantizationType.F32))
-    assert torch.equal(kept, norm)
-    assert kept.data_ptr() != norm.data_ptr()
-
-
 @example(2, 1, 1e-3, -0.5)
 @given(st.integers(1, 40), st.integers(1, 4), st.floats(1e-3, 1e3), st.floats(-10, 10))
 def test_rounding_is_off_by_half_a_step_at_most(rows, groups, scale, offset):

@@ -47,6 +47,8 @@ class PackedLinear(nn.Module):
         return bits_of(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_floating_point():  # cast to `weight.dtype`, as Mamba does before its head: nothing is left of it
+            raise ModelUnavailable("This kind of model cannot run with packed weights; use --quantize none.")
         rows = x.reshape(-1, self.in_features).float().contiguous()
         product = multiply if len(rows) <= _FEW_ROWS else multiply_unpacked
         y = product(self.weight, rows)[:, : self.out_features]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig
 
 from streaming.errors import ModelUnavailable
 from streaming.models import int4, kernels, packing, parallel
@@ -196,6 +196,13 @@ def test_a_model_without_linears_is_refused_in_a_sentence(tmp_path):
     config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim = 72, 72, 1, 72
     with pytest.raises(ModelUnavailable, match="no linear layers that can be quantized"):
         int4.pack_model(random_model(config))
+
+
+def test_a_model_that_rounds_to_the_dtype_of_its_weights_is_refused_in_a_sentence():
+    config = MambaConfig(vocab_size=259, hidden_size=64, num_hidden_layers=1, state_size=4)
+    model = int4.pack_model(random_model(config))
+    with pytest.raises(ModelUnavailable, match="cannot run with packed weights; use --quantize none"):
+        model(torch.arange(3, 20)[None])
 
 
 def test_another_device_is_refused_in_a_sentence(tmp_path):

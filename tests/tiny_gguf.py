@@ -8,17 +8,31 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGES = ["Ġ t", "h e", "Ġt he", "1 2"]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def write_gguf(path: Path, *, pre: str = "smollm", tied: bool = True) -> LlamaForCausalLM:
+def _gpt2_bytes() -> Iterator[str]:
+    """GPT-2's spelling of each byte as a visible character."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    n_hidden = 0
+    for byte in range(256):
+        if byte in shown:
+            yield chr(byte)
+        else:
+            yield chr(256 + n_hidden)
+            n_hidden += 1
+
+
+TOKENS = [*CONTROL, *sorted(_gpt2_bytes()), "Ġt", "he", "Ġthe", "12"]
+TOKEN_TYPES = [3] * len(CONTROL) + [1] * (len(TOKENS) - len(CONTROL))
+
+
+def write_gguf(path: Path, *, pre: str = "smollm", tied: bool = True, matrices: str = "Q4_1") -> LlamaForCausalLM:
     """Write a random model; return the model that its values, once unpacked by the gguf package, make."""
     torch.manual_seed(7)
-    alphabet = sorted(gguf_byte_alphabet())
-    tokens = [*CONTROL, *alphabet, "Ġt", "he", "Ġthe", "12"]
-    merges = ["Ġ t", "h e", "Ġt he", "1 2"]
     config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(TOKENS), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=tied,
         bos_token_id=1, eos_token_id=2, pad_token_id=2,
         rope_parameters={"rope_type": "default", "rope_theta": 12345.0},
@@ -36,12 +50,12 @@ def write_gguf(path: Path, *, pre: str = "smollm", tied: bool = True) -> LlamaFo
     writer.add_rope_freq_base(12345.0)
     writer.add_rope_dimension_count(16)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(tokens))
+    writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(CONTROL) + [1] * (len(tokens) - len(CONTROL)))
-    writer.add_token_merges(merges)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types(TOKEN_TYPES)
+    writer.add_token_merges(MERGES)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
@@ -59,7 +73,7 @@ def write_gguf(path: Path, *, pre: str = "smollm", tied: bool = True) -> LlamaFo
         kind = (
             gguf.GGMLQuantizationType.F32 if values.ndim == 1
             else gguf.GGMLQuantizationType.Q8_0 if "embed" in name or "lm_head" in name
-            else gguf.GGMLQuantizationType.Q4_1
+            else gguf.GGMLQuantizationType[matrices]
         )  # fmt: skip
         packed = gguf.quants.quantize(values, kind)
         writer.add_tensor(names.get_name(name, (".weight",)), packed, raw_dtype=kind)
@@ -71,22 +85,6 @@ def write_gguf(path: Path, *, pre: str = "smollm", tied: bool = True) -> LlamaFo
     writer.close()
     model.load_state_dict(exact, strict=not tied)
     return model
-
-
-def gguf_byte_alphabet() -> list[str]:
-    return list(dict(zip(range(256), _gpt2_bytes(), strict=True)).values())
-
-
-def _gpt2_bytes() -> Iterator[str]:
-    """GPT-2's spelling of each byte as a visible character."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    n_hidden = 0
-    for byte in range(256):
-        if byte in shown:
-            yield chr(byte)
-        else:
-            yield chr(256 + n_hidden)
-            n_hidden += 1
 
 
 def interleave(weights, n_heads):

@@ -13,34 +13,35 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from streaming.models.gguf import SmolGguf
-from streaming.models.packing import PACKABLE, TILE_ROWS, pack_ggml, unpack
+from streaming.models import smollm
+from streaming.models.assembling import build_skeleton
+from streaming.models.gguf import CHUNK_VALUES, GgufFile
+from streaming.models.gguf_weights import find_parameters
+from streaming.models.packing import TILE_ROWS, unpack
 from streaming.models.progress import ProgressCallback, ignore_progress, telling_layers
 
 _WEIGHTS_FILE = "packed.safetensors"
 
-# torch runs an operation on up to 32,768 values in the calling thread (at::internal::GRAIN_SIZE). Larger ones meet
-# all threads at a barrier at every step: no faster here, and 10 to 50 times as long while something else computes.
-_CHUNK_VALUES = 1 << 15
 
-
-def convert(gguf: SmolGguf, folder: Path, sampling: Mapping[str, Any]) -> None:
-    """Write a model into the empty `folder`, with the generation defaults `sampling`.
+def convert(file: GgufFile, folder: Path, sampling: Mapping[str, Any]) -> None:
+    """Write a model of SmolLM's kind into the empty `folder`, with the generation defaults `sampling`.
 
     Raises ValueError when it has weights that cannot be packed without loss.
     """
-    gguf.build_config().save_pretrained(folder)
-    gguf.build_generation_config(**sampling).save_pretrained(folder)
-    gguf.build_tokenizer().save_pretrained(folder)
+    config = smollm.build_config(file)
+    config.save_pretrained(folder)
+    smollm.build_generation_config(file, **sampling).save_pretrained(folder)
+    smollm.build_tokenizer(file).save_pretrained(folder)
     n_rows: dict[str, str] = {}  # of packed weights, whose last tile may be padded
     weights = {}
-    for name, (blocks, ggml_type) in gguf.read_blocks().items():
-        if ggml_type in PACKABLE:
-            weights[name], n_rows[name] = pack_ggml(blocks, ggml_type), str(len(blocks))
-        elif blocks.dim() == 1:
-            weights[name] = blocks.float()
+    for name, parameter in find_parameters(file, build_skeleton(config, trust_remote_code=False)).items():
+        if len(parameter.shape) == 1:
+            weights[name] = parameter.read(torch.float32)
+        elif parameter.packs_exactly:
+            weights[name] = parameter.pack(torch.empty(parameter.packed_shape, dtype=torch.uint8))
+            n_rows[name] = str(parameter.shape[0])
         else:
-            raise ValueError(f"{name} is of GGML type {ggml_type}, which cannot be packed without loss")
+            raise ValueError(f"{name} cannot be packed without loss")
     save_file(weights, folder / _WEIGHTS_FILE, metadata=n_rows)
 
 
@@ -71,7 +72,7 @@ def read_weights(
 def _unpack(packed: torch.Tensor, n_rows: int, dtype: torch.dtype) -> torch.Tensor:
     """Unpack some tiles at a time."""
     tile_values = unpack(packed[:1], TILE_ROWS).numel()
-    chunks = packed.split(max(1, _CHUNK_VALUES // tile_values))
+    chunks = packed.split(max(1, CHUNK_VALUES // tile_values))
     values = torch.empty(len(packed) * TILE_ROWS, tile_values // TILE_ROWS, dtype=dtype)
     for chunk, rows in zip(chunks, values.split(len(chunks[0]) * TILE_ROWS), strict=True):
         rows.copy_(unpack(chunk, len(rows)))

@@ -50,6 +50,10 @@ def choose_int4(name: str, dtype_name: str, device: torch.device, *, is_quantize
             raise ModelUnavailable("This model's weights are quantized already; use --quantize auto.")
         if device.type != "cpu":
             raise ModelUnavailable(f"4-bit weights run on the CPU, not on {device}; use --quantize none.")
+        if dtype_name not in ("auto", "float32"):
+            raise ModelUnavailable(
+                f"4-bit weights compute in float32, not in {dtype_name}; use --dtype auto, or --quantize none."
+            )
         if missing := _missing_for_int4():
             raise ModelUnavailable(f"4-bit weights need a processor with {missing}; use --quantize none.")
         return True

@@ -171,14 +171,12 @@ def _remove_remains(target: Path) -> None:
 
 def _convert(gguf_path: Path, work: Path, target: Path, progress: ProgressCallback) -> None:
     from streaming.models.converted import convert  # with it comes torch, which only this step needs
-    from streaming.models.gguf import SmolGguf
+    from streaming.models.gguf import GgufFile
 
-    gguf = SmolGguf.open(gguf_path)
-    assert gguf is not None, "the file has the sha256 of one"
     converted = work / "converted"
     converted.mkdir()
     progress(LoadProgress("conversion", 0, 1))
-    convert(gguf, converted, _SAMPLING)
+    convert(GgufFile.open(gguf_path), converted, _SAMPLING)
     progress(LoadProgress("conversion", 1, 1))
     converted.rename(target)
 

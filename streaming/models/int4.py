@@ -22,9 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from streaming.errors import ModelUnavailable
 from streaming.models.arena import move_to_arena
-from streaming.models.gguf import unpack_blocks
 from streaming.models.kernels import multiply, multiply_unpacked, take_rows
-from streaming.models.packing import GROUP_COLUMNS, PACKABLE, pack_ggml, packed_shape, quantize
+from streaming.models.packing import GROUP_COLUMNS, bits_of, packed_shape, quantize
 
 METHOD = "brook_int4"
 
@@ -39,12 +38,17 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.bits = bits
         shape = packed_shape(out_features, in_features, bits)
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32), requires_grad=False) if bias else None
+
+    @property
+    def bits(self) -> int:
+        return bits_of(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_floating_point():  # cast to `weight.dtype`, as Mamba does before its head: nothing is left of it
+            raise ModelUnavailable("This kind of model cannot run with packed weights; use --quantize none.")
         rows = x.reshape(-1, self.in_features).float().contiguous()
         product = multiply if len(rows) <= _FEW_ROWS else multiply_unpacked
         y = product(self.weight, rows)[:, : self.out_features]
@@ -142,13 +146,17 @@ def replace_linears(model: Any, keep: list[str] | None = None) -> None:
     """Put packed modules, still without weights, in place of the linear layers of a model on the meta device.
 
     Left alone are subclasses, which may do more than multiply, columns that do not divide by 32, and names in `keep`.
-    The head is replaced together with the embedding, because they may be one tensor.
+    The head is replaced or left alone together with the embedding, because they may be one tensor.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    head_packs = _packs(head, nn.Linear) and (type(embedding) is nn.Embedding) and _packs(embedding, nn.Embedding)
+    modules = dict(model.named_modules())
+    wanted = {name for name in modules if should_convert_module(name, keep)}
+    pair = {name for name, module in modules.items() if module in (embedding, head)}
+    if not (pair <= wanted and _packs(head, nn.Linear) and _packs(embedding, nn.Embedding)):
+        wanted -= pair
     replaced = 0
-    for name, module in list(model.named_modules()):
-        if not should_convert_module(name, keep) or (module in (embedding, head) and not head_packs):
+    for name, module in modules.items():
+        if name not in wanted:
             continue
         with torch.device("meta"):
             if module is embedding:
@@ -189,15 +197,3 @@ def pack_model(model: Any) -> Any:
         del old.weight
     move_to_arena(model)
     return model
-
-
-def pack_blocks(blocks: torch.Tensor, ggml_type: int) -> torch.Tensor:
-    """Return GGML blocks `(rows, bytes a row)` as a packed weight, and plain values as float32.
-
-    Q4_0, Q4_1 and Q8_0 keep their exact values; other block types are rounded to 8 bits.
-    """
-    if ggml_type in PACKABLE:
-        return pack_ggml(blocks, ggml_type)
-    weight = unpack_blocks(blocks, ggml_type, torch.float32)
-    # The clone lets go of the file that a plain value may still be a part of.
-    return quantize(weight, bits=8) if weight.dim() == 2 else weight.clone()

@@ -1,12 +1,9 @@
-"""Loading a model and its tokenizer: the only caller of `from_pretrained`.
+"""Loading a model and its tokenizer, from files on this machine, which `sources.py` brings here.
 
-A model is always loaded from files on this machine, which `sources.py` brings here. Code that comes with a model is
-not run unless the caller trusts it.
+Code that comes with a model is not run unless the caller trusts it.
 """
 
-import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +13,16 @@ import torch
 import transformers
 
 from streaming.errors import ModelDamaged, ModelTooLarge, ModelUnavailable, NotACausalLM
-from streaming.models import converted
+from streaming.models import converted, smollm
+from streaming.models.assembling import assemble, build_skeleton, lazy_weights
 from streaming.models.device import choose_device, choose_dtype, choose_int4, free_bytes, require_memory
 from streaming.models.embedded import DEFAULT_MODEL
-from streaming.models.gguf import SmolGguf, unpack_blocks
+from streaming.models.gguf import GgufFile
+from streaming.models.gguf_weights import GgufParameter, find_parameters
 from streaming.models.progress import LoadProgress as LoadProgress
-from streaming.models.progress import ProgressCallback, ignore_progress, telling_layers
+from streaming.models.progress import ProgressCallback, ignore_progress
 from streaming.models.sources import find_model
-from streaming.settings import QUANTIZATIONS
+from streaming.settings import DTYPES, QUANTIZATIONS
 
 # How the classes are called whose heads continue text; "forconditionalgeneration" is that of models which also see.
 _CAUSAL_ENDINGS = ("forcausallm", "lmheadmodel", "forconditionalgeneration")
@@ -31,8 +30,6 @@ _CAUSAL_ENDINGS = ("forcausallm", "lmheadmodel", "forconditionalgeneration")
 MakeRoom = Callable[[int, int], None]
 """Takes the bytes that a model needs and those that are free, before its weights are touched; may free some, or raise
 ModelTooLarge."""
-
-_progress_bars = threading.Lock()  # transformers has one hook for all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +44,21 @@ class LoadedModel:
     tokenizer: Any
     model_id: str
     n_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a model's weights will be held.
+
+    `skeleton` is the model as it will be, on the meta device, or None where only its files say how it is quantized;
+    `parameters` are those of a GGUF file; what is not packed is in `dtype`.
+    """
+
+    skeleton: Any
+    parameters: Mapping[str, GgufParameter]
+    int4: bool
+    dtype: torch.dtype
+    device: torch.device
 
 
 def load_model(
@@ -72,31 +84,26 @@ def load_model(
     """
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, not {quantize!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     report = progress or ignore_progress
     torch_device = choose_device(device)
-    torch_dtype = choose_dtype(dtype, torch_device)
     source = find_model(model, offline=offline, cache_dir=cache_dir, progress=report, with_code=trust_remote_code)
     name = model or DEFAULT_MODEL.model_id
     with _explaining(name):
         files = _open(source.fetch(weights=False))
         config = _load_config(files, name, trust_remote_code)
-        is_quantized = getattr(config, "quantization_config", None) is not None
-        int4 = choose_int4(quantize, dtype, torch_device, is_quantized=is_quantized)
+        form = _choose_form(files, config, quantize, dtype, torch_device, trust_remote_code)
         tokenizer = _load_tokenizer(files, trust_remote_code)
-        if is_quantized:  # only its files say how large it is
-            files = source.fetch(weights=True)
-            n_bytes = _count_file_bytes(files)
-        else:
-            n_bytes = _count_bytes(config, torch.uint8 if int4 else torch_dtype, trust_remote_code)
+        n_bytes = _count_bytes(form) if form.skeleton else _count_file_bytes(source.fetch(weights=True))
         if make_room is not None:
             make_room(n_bytes, free_bytes(torch_device))
         require_memory(n_bytes, torch_device, name)
-        files = _open(source.fetch(weights=True))
-        if int4:
-            loaded = _load_int4(files, config, report, trust_remote_code)
+        if not isinstance(files, GgufFile):
+            files = source.fetch(weights=True)
+        loaded = _load_weights(files, config, form, report, trust_remote_code)
+        if form.int4:
             _tune_threads(loaded)
-        else:
-            loaded = _load_weights(files, config, torch_dtype, torch_device, report, trust_remote_code)
     return LoadedModel(
         model=loaded.eval(),
         tokenizer=tokenizer,
@@ -132,15 +139,15 @@ def _explaining(name: str) -> Iterator[None]:
         raise ModelDamaged(f"{name} cannot be loaded: {reason}.") from error
 
 
-def _open(files: Path) -> Path | SmolGguf:
-    """Return a `.gguf` file that Brook reads by itself as such, and anything else as it is."""
-    return files if files.is_dir() else SmolGguf.open(files) or files
+def _open(files: Path) -> Path | GgufFile:
+    return files if files.is_dir() else GgufFile.open(files)
 
 
-def _load_config(files: Path | SmolGguf, name: str, trust_remote_code: bool) -> Any:
-    if isinstance(files, SmolGguf):
-        return files.build_config()
-    if files.is_dir() and not (files / "config.json").is_file():
+def _load_config(files: Path | GgufFile, name: str, trust_remote_code: bool) -> Any:
+    if isinstance(files, GgufFile):
+        if smollm.is_smollm(files):
+            return smollm.build_config(files)
+    elif not (files / "config.json").is_file():
         raise ModelDamaged(f"{name} cannot be loaded: there is no config.json in {files}.")
     try:
         config = transformers.AutoConfig.from_pretrained(**_arguments(files, trust_remote_code))
@@ -160,18 +167,52 @@ def _load_config(files: Path | SmolGguf, name: str, trust_remote_code: bool) -> 
     return config
 
 
-def _load_tokenizer(files: Path | SmolGguf, trust_remote_code: bool) -> Any:
-    if isinstance(files, SmolGguf):
-        return files.build_tokenizer()
+def _load_tokenizer(files: Path | GgufFile, trust_remote_code: bool) -> Any:
+    if isinstance(files, GgufFile) and smollm.is_smollm(files):
+        return smollm.build_tokenizer(files)
     return transformers.AutoTokenizer.from_pretrained(**_arguments(files, trust_remote_code))
 
 
-def _count_bytes(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> int:
-    """Count the bytes that a model's weights take in `dtype`, from its shape alone."""
-    with torch.device("meta"):
-        skeleton: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    n_values: int = sum(parameter.numel() for parameter in skeleton.parameters())
-    return dtype.itemsize * n_values
+def _choose_form(
+    files: Path | GgufFile, config: Any, quantize: str, dtype: str, device: torch.device, trust_remote_code: bool
+) -> _Form:
+    """Choose how to hold a model's weights; raise ModelUnavailable where they cannot be as they must."""
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    int4 = choose_int4(quantize, dtype, device, is_quantized=is_quantized)
+    torch_dtype = choose_dtype(dtype, device)
+    if is_quantized:
+        return _Form(None, {}, False, torch_dtype, device)
+    skeleton = build_skeleton(config, trust_remote_code)
+    parameters = find_parameters(files, skeleton) if isinstance(files, GgufFile) else {}
+    if int4 and _pack_skeleton(skeleton, parameters, must_pack=quantize == "int4"):
+        return _Form(skeleton, parameters, True, torch.float32, device)
+    return _Form(skeleton, parameters, False, torch_dtype, device)
+
+
+def _pack_skeleton(skeleton: Any, parameters: Mapping[str, GgufParameter], must_pack: bool) -> bool:
+    """Replace what loading will pack, with the shapes that it will have; return whether there is any.
+
+    Raises ModelUnavailable if there must be.
+    """
+    from streaming.models.int4 import replace_linears
+
+    try:
+        replace_linears(skeleton)
+    except ModelUnavailable:
+        if must_pack:
+            raise
+        return False
+    for name, packed in skeleton.named_parameters():
+        if packed.dtype == torch.uint8 and name in parameters:
+            packed.data = packed.new_empty(parameters[name].packed_shape)
+    skeleton.tie_weights()
+    return True
+
+
+def _count_bytes(form: _Form) -> int:
+    """Count the bytes that a model's weights will take."""
+    parameters = form.skeleton.parameters()
+    return sum(p.numel() * (form.dtype if p.is_floating_point() else p.dtype).itemsize for p in parameters)
 
 
 def _count_file_bytes(files: Path) -> int:
@@ -181,21 +222,29 @@ def _count_file_bytes(files: Path) -> int:
 
 
 def _load_weights(
-    files: Path | SmolGguf,
-    config: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: ProgressCallback,
-    trust_remote_code: bool,
+    files: Path | GgufFile, config: Any, form: _Form, progress: ProgressCallback, trust_remote_code: bool
 ) -> Any:
-    if isinstance(files, SmolGguf):
-        weights = files.read_weights(functools.partial(unpack_blocks, dtype=dtype), progress)
-        return _assemble(files, config, weights).to(device)
-    if converted.is_converted(files):
-        return _assemble(files, config, converted.read_weights(files, dtype, progress)).to(device)
-    extra = {} if files.is_dir() else {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    arguments = _arguments(files, trust_remote_code) | extra
-    return _from_pretrained(progress, **arguments, dtype=dtype, device_map={"": device})
+    quantization = _quantization() if form.int4 else None
+    arguments: dict[str, Any] = {"dtype": form.dtype, "device_map": {"": form.device}}
+    if isinstance(files, Path) and not converted.is_converted(files):
+        arguments |= _arguments(files, trust_remote_code) | {"quantization_config": quantization}
+        return assemble(transformers.AutoModelForCausalLM, files, progress, **arguments)
+    if quantization:  # the config says that weights come packed
+        config.quantization_config = quantization.to_dict()
+    arguments |= {"pretrained_model_name_or_path": None, "config": config}
+    if isinstance(files, GgufFile):
+        weights = lazy_weights(form.parameters, form.skeleton, form.dtype)
+        return assemble(type(form.skeleton), files.path, progress, **arguments, state_dict=weights)
+    tensors = converted.read_packed(files) if form.int4 else converted.read_weights(files, form.dtype, progress)
+    arguments["generation_config"] = transformers.GenerationConfig.from_pretrained(files)
+    # They are there: a bar would only flash up.
+    return assemble(type(form.skeleton), files, ignore_progress, shows_bar=False, **arguments, state_dict=tensors)
+
+
+def _quantization() -> Any:
+    from streaming.models.int4 import Int4Config  # the kernels, which come with it, take a second to import
+
+    return Int4Config()
 
 
 @torch.no_grad()
@@ -210,80 +259,9 @@ def _tune_threads(model: Any) -> None:
         parallel.tune_threads(lambda: step.read_on(transformers.DynamicCache(config=model.config), [0]))
 
 
-def _load_int4(files: Path | SmolGguf, config: Any, progress: ProgressCallback, trust_remote_code: bool) -> Any:
-    """Load for the CPU with packed weights; the kernels, which take a second to import, are only needed here."""
-    from streaming.models import int4
-
-    if isinstance(files, SmolGguf) or converted.is_converted(files):
-        config.quantization_config = int4.Int4Config().to_dict()
-        if isinstance(files, SmolGguf):
-            return _assemble(files, config, files.read_weights(int4.pack_blocks, progress))
-        return _assemble(files, config, converted.read_packed(files))
-    if files.is_dir():
-        arguments = _arguments(files, trust_remote_code)
-        return _from_pretrained(progress, **arguments, quantization_config=int4.Int4Config())
-    unpacked = _load_weights(files, config, torch.float32, torch.device("cpu"), progress, trust_remote_code)
-    return int4.pack_model(unpacked)
-
-
-def _assemble(files: Path | SmolGguf, config: Any, weights: dict[str, torch.Tensor]) -> Any:
-    """Make a Llama of weights that are read already, without another copy of them."""
-    if isinstance(files, SmolGguf):
-        generation_config = files.build_generation_config()
-    else:
-        generation_config = transformers.GenerationConfig.from_pretrained(files)
-    dtype = weights["model.norm.weight"].dtype
-    with _no_progress_bar():
-        return transformers.LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=weights, generation_config=generation_config, dtype=dtype
-        )
-
-
-def _from_pretrained(progress: ProgressCallback, **arguments: Any) -> Any:
-    progress(LoadProgress("weights"))
-    auto_model: Any = transformers.AutoModelForCausalLM
-    with _reporting(progress):
-        loaded, report = auto_model.from_pretrained(**arguments, output_loading_info=True)
-    if report["missing_keys"]:
-        files = arguments["pretrained_model_name_or_path"]
-        raise ModelDamaged(f"{files} lacks {len(report['missing_keys'])} of its weights; fetch the model again.")
-    return loaded
-
-
-@contextmanager
-def _reporting(progress: ProgressCallback) -> Iterator[None]:
-    """Tell `progress` what transformers' bar of loaded weights shows (5.23: `utils.logging.set_tqdm_hook`)."""
-
-    def hook(make_bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        bar = make_bar(*args, **options)
-        if options.get("desc") != "Loading weights":
-            return bar
-        return telling_layers(bar, [name for name, _ in args[0]], progress)
-
-    with _progress_bars:
-        before = transformers.utils.logging.set_tqdm_hook(hook)
-        try:
-            yield
-        finally:
-            transformers.utils.logging.set_tqdm_hook(before)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers' bar from the terminal where it would only flash up."""
-    bars = transformers.utils.logging
-    was_enabled = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            bars.enable_progress_bar()
-
-
-def _arguments(files: Path, trust_remote_code: bool) -> dict[str, Any]:
+def _arguments(files: Path | GgufFile, trust_remote_code: bool) -> dict[str, Any]:
     """Return how `from_pretrained` is called for `files`, with no network."""
     arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    if files.is_dir():
-        return {"pretrained_model_name_or_path": files, **arguments}
-    return {"pretrained_model_name_or_path": files.parent, "gguf_file": files.name, **arguments}
+    if isinstance(files, GgufFile):
+        return {"pretrained_model_name_or_path": files.path.parent, "gguf_file": files.path.name, **arguments}
+    return {"pretrained_model_name_or_path": files, **arguments}

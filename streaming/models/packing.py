@@ -11,8 +11,9 @@ columns, and a block holds what both share, one row a lane:
 In a word, even columns fill the low 16 bits and odd columns the high ones, so that one shift and one mask leave two
 neighbouring columns, ready to be multiplied as a pair: column c starts at bit 16 * (c % 2) + bits * (c // 2).
 
-GGML's Q4_0, Q4_1 and Q8_0 blocks (ggml `ggml-common.h`) hold the same numbers row by row, so they are repacked
-without any rounding. Rows are padded with zeros to whole tiles; columns must divide by 32.
+GGML's Q4_0, Q4_1, Q5_0 and Q8_0 blocks (ggml `ggml-common.h`) hold the same numbers row by row, so they are repacked
+without any rounding. Of Q4_K only the scales and offsets are rounded, to float16, which keeps its values ten times
+nearer than 8 bits would. Rows are padded with zeros to whole tiles; columns must divide by 32.
 """
 
 import torch
@@ -24,9 +25,17 @@ BLOCK_BYTES = {4: 320, 8: 544}
 _HALVES = {4: 2, 8: 1}  # float16 values a row: scale and offset, or scale alone
 _ZERO_STEP = 128
 
-GGML_Q4_0, GGML_Q4_1, GGML_Q8_0 = 2, 3, 8
-PACKABLE = {GGML_Q4_0: (1, 16), GGML_Q4_1: (2, 16), GGML_Q8_0: (1, 32)}
-"""GGML types that are packed as they are: float16 values and bytes of steps in a block."""
+# Added to a float32 and taken away again, it leaves the nearest whole number. torch's own rounding meets all threads
+# at every 2,048 values, which takes 100 times as long while something else computes.
+_ROUNDING = 1.5 * 2**23
+
+GGML_Q4_0, GGML_Q4_1, GGML_Q5_0, GGML_Q8_0, GGML_Q4_K = 2, 3, 6, 8, 12
+FOUR_BITS = {GGML_Q4_0, GGML_Q4_1, GGML_Q4_K}
+"""GGML types whose blocks are packed in 4 bits. All others take 8."""
+EXACT = {GGML_Q4_0, GGML_Q4_1, GGML_Q5_0, GGML_Q8_0}
+"""GGML types that are packed without any rounding."""
+PACKABLE = EXACT | {GGML_Q4_K}
+"""GGML types whose blocks are packed as they are, but for the scales and offsets of Q4_K."""
 
 # How far the range of a group is narrowed in search of the 4-bit grid with the least squared error.
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -45,16 +54,21 @@ def bits_of(packed: torch.Tensor) -> int:
 
 
 def pack_ggml(blocks: torch.Tensor, ggml_type: int) -> torch.Tensor:
-    """Pack GGML blocks, uint8 `(rows, bytes a row)`, of a PACKABLE type without loss."""
-    n_halves, n_bytes = PACKABLE[ggml_type]
-    by_group = blocks.reshape(len(blocks), -1, 2 * n_halves + n_bytes)
+    """Pack GGML blocks, uint8 `(rows, bytes a row)`, of a PACKABLE type."""
+    if ggml_type == GGML_Q4_K:
+        return _pack_q4_k(blocks.reshape(len(blocks), -1, 144))
+    n_bytes, n_halves = {GGML_Q4_0: (18, 1), GGML_Q4_1: (20, 2), GGML_Q5_0: (22, 1), GGML_Q8_0: (34, 1)}[ggml_type]
+    by_group = blocks.reshape(len(blocks), -1, n_bytes)
     halves = by_group[..., : 2 * n_halves].contiguous().view(torch.float16)
     steps = by_group[..., 2 * n_halves :]
     if ggml_type == GGML_Q8_0:
         return _pack(halves, steps ^ _ZERO_STEP)
+    if ggml_type == GGML_Q5_0:
+        fifths = steps[..., :4, None] >> torch.arange(8, dtype=torch.uint8) & 1
+        return _pack(halves, (_nibbles(steps[..., 4:]) | fifths.flatten(-2) << 4) + (_ZERO_STEP - 16))
     if ggml_type == GGML_Q4_0:
         halves = torch.cat([halves, halves * -8], dim=-1)
-    return _pack(halves, torch.cat([steps & 15, steps >> 4], dim=-1))
+    return _pack(halves, _nibbles(steps))
 
 
 def quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -96,7 +110,21 @@ def unpack(packed: torch.Tensor, n_rows: int) -> torch.Tensor:
 
 def _steps(groups: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, low: int, high: int) -> torch.Tensor:
     divisor = torch.where(scale == 0, 1, scale).float()
-    return ((groups - offset) / divisor).round_().clamp_(low, high)
+    return ((groups - offset) / divisor).add_(_ROUNDING).sub_(_ROUNDING).clamp_(low, high)
+
+
+def _pack_q4_k(blocks: torch.Tensor) -> torch.Tensor:
+    """Pack `(rows, blocks, 144)`: each 8 groups, with 6 bits for a group's scale and 6 for its offset."""
+    units = blocks[..., :4].contiguous().view(torch.float16).float()
+    low, middle, high = blocks[..., 4:16].split(4, dim=-1)
+    scales = torch.cat([low & 63, high & 15 | low >> 6 << 4], dim=-1) * units[..., :1]
+    offsets = torch.cat([middle & 63, high >> 4 | middle >> 6 << 4], dim=-1) * -units[..., 1:]
+    steps = _nibbles(blocks[..., 16:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32))
+    return _pack(torch.stack([scales, offsets], dim=-1).half().flatten(1, 2), steps.flatten(1, 3))
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    return torch.cat([packed & 15, packed >> 4], dim=-1)
 
 
 def _pack(halves: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streaming.errors import DefaultModelUnavailable
 from streaming.models.embedded import find_gguf
-from streaming.models.gguf import SmolGguf
+from streaming.models.gguf import GgufFile
 from streaming.models.loading import load_model
 from tests.conftest import skip_or_fail
 
@@ -128,7 +128,7 @@ class SlowTokenizer:
     WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
     def __init__(self, gguf_path):
-        metadata = SmolGguf.open(gguf_path)._metadata
+        metadata = GgufFile.open(gguf_path).metadata
         tokens = metadata["tokenizer.ggml.tokens"]
         self.ids = {token: i for i, token in enumerate(tokens)}
         self.ranks = {tuple(merge.split(" ")): i for i, merge in enumerate(metadata["tokenizer.ggml.merges"])}

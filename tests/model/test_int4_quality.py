@@ -1,8 +1,5 @@
 """With 4-bit weights the default model stays the model it was, and fits."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -17,21 +14,11 @@ from streaming.models.llama_step import LlamaStep, step_of
 from streaming.models.loading import load_model
 from streaming.models.packing import unpack
 from tests.conftest import skip_or_fail
+from tests.memory import mb_to_load
 
 pytestmark = pytest.mark.model
 
 FILE_MB = 98.4
-
-LOAD = """
-import resource
-import streaming.models.int4, streaming.models.llama_step
-from streaming.models.loading import load_model
-def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-before = peak_mb()
-load_model(quantize="int4")
-print(peak_mb() - before)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +67,7 @@ def test_the_engine_decodes_with_the_compiled_step_and_says_the_same(packed, exa
 
 
 def test_loading_takes_no_more_memory_than_three_times_the_file(packed):
-    grown_mb = float(subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, check=True).stdout)
-    assert grown_mb <= 3 * FILE_MB
+    assert mb_to_load(None) <= 3 * FILE_MB
 
 
 @torch.no_grad()

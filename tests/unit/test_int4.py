@@ -1,6 +1,8 @@
 """Packed weights stand for the numbers they should, in every kernel and every kind of model."""
 
 import copy
+import errno
+import mmap
 
 import gguf
 import numpy as np
@@ -8,11 +10,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig
 
 from streaming.errors import ModelUnavailable
 from streaming.models import int4, kernels, packing, parallel
 from streaming.models.device import choose_int4
+from tests.gguf_files import random_blocks
 from tests.packed import WITH_STEP, WITHOUT_STEP, random_model
 
 CPU = torch.device("cpu")
@@ -32,7 +35,7 @@ def packed_and_float(rows: int, columns: int, bits: int) -> tuple[torch.Tensor, 
     return packed, packing.unpack(packed, rows)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
 def test_ggml_blocks_are_packed_without_loss(kind):
     ggml_type = gguf.GGMLQuantizationType[kind]
     weight = np.random.default_rng(0).standard_normal((37, 96)).astype(np.float32)
@@ -41,34 +44,17 @@ def test_ggml_blocks_are_packed_without_loss(kind):
     assert np.array_equal(packing.unpack(packed, 37).numpy(), gguf.quants.dequantize(blocks, ggml_type))
 
 
-@pytest.mark.parametrize(("kind", "halves"), [("Q6_K", [-1]), ("Q4_K", [0, 1])])
-def test_other_block_types_are_rounded_to_8_bits(kind, halves):
-    ggml_type = gguf.GGMLQuantizationType[kind]
-    _, n_bytes = gguf.GGML_QUANT_SIZES[ggml_type]
-    blocks = np.random.default_rng(0).integers(0, 255, (16, n_bytes), dtype=np.uint8)
-    blocks.view(np.float16)[:, halves] = 0.01
-    expected = gguf.quants.dequantize(blocks, ggml_type)
-    packed = int4.pack_blocks(torch.from_numpy(blocks), int(ggml_type))
-    assert packing.bits_of(packed) == 8
-    assert np.abs(packing.unpack(packed, 16).numpy() - expected).max() < 0.005 * np.abs(expected).max()
-
-
-def test_unknown_block_types_are_refused():
-    with pytest.raises(ValueError, match="GGML type 6 is not known"):
-        int4.pack_blocks(torch.zeros(16, 22, dtype=torch.uint8), int(gguf.GGMLQuantizationType.Q5_0))
-
-
-def test_float16_matrices_are_rounded_to_8_bits():
-    weight = torch.randn(16, 64).half()
-    packed = int4.pack_blocks(weight, int(gguf.GGMLQuantizationType.F16))
-    assert (packing.unpack(packed, 16) - weight.float()).abs().max() < 0.01 * weight.abs().max()
-
-
-def test_plain_values_stay_float32_and_hold_no_file():
-    norm = torch.ones(48)
-    kept = int4.pack_blocks(norm, int(gguf.GGMLQuantizationType.F32))
-    assert torch.equal(kept, norm)
-    assert kept.data_ptr() != norm.data_ptr()
+def test_q4_k_blocks_are_packed_in_4_bits_nearer_than_8_bits_would_be():
+    ggml_type = gguf.GGMLQuantizationType.Q4_K
+    blocks = random_blocks("Q4_K", (37, 512))
+    exact = torch.from_numpy(gguf.quants.dequantize(blocks, ggml_type))
+    packed = packing.pack_ggml(torch.from_numpy(blocks), int(ggml_type))
+    assert packing.bits_of(packed) == 4
+    error, error_of_8_bits = (
+        (packing.unpack(weight, 37) - exact).abs().max() for weight in (packed, packing.quantize(exact, 8))
+    )
+    assert error < 2**-10 * exact.abs().max()
+    assert error < error_of_8_bits / 4
 
 
 @example(2, 1, 1e-3, -0.5)
@@ -182,11 +168,41 @@ def test_what_does_not_pack_is_left_alone(tmp_path):
     assert type(layer.mlp.gate_proj) is int4.PackedLinear
 
 
+@pytest.mark.parametrize("name", ["llama", "llama tied"])
+@pytest.mark.parametrize("kept", ["lm_head", "embed_tokens"])
+def test_the_head_and_the_embedding_are_left_alone_together(tmp_path, name, kept):
+    model = random_model(WITH_STEP[name])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=int4.Int4Config([kept]))
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert (loaded(ids).logits - model(ids).logits).norm() < 0.25 * model(ids).logits.norm()
+    assert (type(loaded.lm_head), type(loaded.model.embed_tokens)) == (torch.nn.Linear, torch.nn.Embedding)
+    assert type(loaded.model.layers[0].mlp.gate_proj) is int4.PackedLinear
+
+
+def test_a_system_without_large_pages_still_packs(monkeypatch):
+    class WithoutLargePages(mmap.mmap):
+        def madvise(self, option):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", WithoutLargePages)
+    packed = int4.pack_model(random_model(WITH_STEP["llama"]))
+    assert packed(torch.arange(3, 20)[None]).logits.isfinite().all()
+
+
 def test_a_model_without_linears_is_refused_in_a_sentence(tmp_path):
     config = copy.deepcopy(WITH_STEP["llama"])
     config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim = 72, 72, 1, 72
     with pytest.raises(ModelUnavailable, match="no linear layers that can be quantized"):
         int4.pack_model(random_model(config))
+
+
+def test_a_model_that_rounds_to_the_dtype_of_its_weights_is_refused_in_a_sentence():
+    config = MambaConfig(vocab_size=259, hidden_size=64, num_hidden_layers=1, state_size=4)
+    model = int4.pack_model(random_model(config))
+    with pytest.raises(ModelUnavailable, match="cannot run with packed weights; use --quantize none"):
+        model(torch.arange(3, 20)[None])
 
 
 def test_another_device_is_refused_in_a_sentence(tmp_path):
@@ -206,6 +222,10 @@ def test_auto_packs_on_a_cpu_unless_told_otherwise(monkeypatch):
         choose_int4("int4", "auto", CPU, is_quantized=True)
     with pytest.raises(ModelUnavailable, match="run on the CPU, not on cuda"):
         choose_int4("int4", "auto", torch.device("cuda"), is_quantized=False)
+    assert choose_int4("int4", "float32", CPU, is_quantized=False)
+    for dtype in ("bfloat16", "float16"):
+        with pytest.raises(ModelUnavailable, match=r"float32.*--dtype auto.*--quantize none\.$"):
+            choose_int4("int4", dtype, CPU, is_quantized=False)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True})
     assert not choose_int4("auto", "auto", CPU, is_quantized=False)

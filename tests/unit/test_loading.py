@@ -1,17 +1,26 @@
 """Loading: from folders, files and a stand-in hub; and one sentence, in time, for whatever is wrong."""
 
+import copy
 import json
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    Qwen3MoeConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from streaming.errors import (
     DefaultModelUnavailable,
@@ -29,6 +38,7 @@ from streaming.models.int4 import PackedLinear
 from streaming.models.loading import LoadProgress, load_model, load_tokenizer
 from streaming.models.progress import telling_layers
 from streaming.models.sources import find_model
+from tests.packed import COMMON, WITH_STEP, random_model
 from tests.standin_hub import point_hub_at, refusing_url, serving, silent_url
 from tests.tiny import N_CONTEXT, byte_tokenizer, tiny_llama
 
@@ -229,6 +239,51 @@ def test_room_is_made_once_it_is_known_how_much_is_needed_and_before_any_is_take
         with pytest.raises(ModelTooLarge, match="no room"):
             load_model(str(folder), device="cpu", dtype=dtype, make_room=make_room)
         assert asked.pop() == n_bytes * sum(p.numel() for p in tiny_llama().parameters())
+
+
+MIXTURE = Qwen3MoeConfig(
+    **COMMON, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96, decoder_sparse_step=1
+)
+
+
+@pytest.mark.parametrize("quantize", ["auto", "none"])
+@pytest.mark.parametrize("config", [WITH_STEP["llama"], WITH_STEP["llama tied"], MIXTURE], ids=lambda c: c.model_type)
+def test_the_room_asked_for_is_what_the_weights_take(folder, config, quantize):
+    random_model(config).save_pretrained(folder)
+    asked = []
+    loaded = load_model(str(folder), quantize=quantize, make_room=lambda n_bytes, _: asked.append(n_bytes))
+    assert asked == [sum(p.numel() * p.element_size() for p in loaded.model.parameters())]
+
+
+def test_a_model_with_nothing_to_pack_loads_as_it_is_unless_packing_was_asked_for(folder):
+    config = copy.deepcopy(WITH_STEP["llama"])
+    config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim = 72, 72, 1, 72
+    random_model(config).save_pretrained(folder)
+    loaded = load_model(str(folder), device="cpu").model
+    assert not any(isinstance(module, PackedLinear) for module in loaded.modules())
+    assert loaded.dtype == choose_dtype("auto", torch.device("cpu"))
+    with pytest.raises(ModelUnavailable, match="no linear layers that can be quantized; use quantize none"):
+        load_model(str(folder), quantize="int4")
+
+
+def test_packing_leaves_the_default_dtype_of_everyone_else_alone(folder, monkeypatch):
+    edit_config(folder, dtype="bfloat16")
+    dtypes = set()
+    set_dtype = torch.set_default_dtype
+    monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: (dtypes.add(dtype), set_dtype(dtype)))
+    load_model(str(folder), device="cpu", quantize="int4")
+    assert dtypes <= {torch.float32}
+
+
+def test_models_that_load_at_once_get_each_its_own_dtype(folder, monkeypatch):
+    set_dtype = torch.set_default_dtype
+    monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: (set_dtype(dtype), time.sleep(0.02)))
+    names = ["bfloat16", "float32"] * 6
+    with ThreadPoolExecutor(4) as pool:
+        models = pool.map(lambda name: load_model(str(folder), device="cpu", dtype=name).model, names)
+        dtypes = [{parameter.dtype for parameter in model.parameters()} for model in models]
+    assert dtypes == [{getattr(torch, name)} for name in names]
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_model_too_large_is_refused_before_its_weights_are_touched(folder):

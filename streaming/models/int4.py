@@ -2,9 +2,9 @@
 
 Importing this module registers the method "brook_int4" with transformers, after which
 `AutoModelForCausalLM.from_pretrained(name, quantization_config=Int4Config())` rounds each `nn.Linear` to 4 bits while
-it loads, one at a time, and `save_pretrained` keeps the packed form, which loads memory-mapped. The output head and
-the token embedding take 8 bits. Everything else of the model is float32, which on CPUs without matrix units
-computes faster than bfloat16.
+it loads, one at a time, and `save_pretrained` keeps the packed form, which loads memory-mapped. The output head, the
+token embedding and some others (`_IN_8_BITS`) take 8 bits. Everything else of the model is float32, which on CPUs
+without matrix units computes faster than bfloat16.
 
 Source: transformers 5.23 `quantizers.auto.register_quantizer`, `register_quantization_config`,
 `quantizers.base.HfQuantizer`, `core_model_loading.ConversionOps`.
@@ -26,6 +26,10 @@ from streaming.models.kernels import multiply, multiply_unpacked, take_rows
 from streaming.models.packing import GROUP_COLUMNS, bits_of, packed_shape, quantize
 
 METHOD = "brook_int4"
+
+# What these write goes into the residual stream as it is: with them in 8 bits, a model of 135M parameters quantized at
+# load comes three times as near to itself (KL 0.07 instead of 0.21 nats), for an eighth more memory to read a token.
+_IN_8_BITS = ("v_proj", "down_proj")
 
 # Up to here it is faster to multiply packed weights row by row than to unpack them for torch.mm.
 _FEW_ROWS = 128
@@ -162,7 +166,7 @@ def replace_linears(model: Any, keep: list[str] | None = None) -> None:
             if module is embedding:
                 new: nn.Module = PackedEmbedding(module.num_embeddings, module.embedding_dim)
             elif _packs(module, nn.Linear):
-                bits = 8 if module is head else 4
+                bits = 8 if module is head or name.endswith(_IN_8_BITS) else 4
                 new = PackedLinear(module.in_features, module.out_features, module.bias is not None, bits)
             else:
                 continue

@@ -37,8 +37,10 @@ EXACT = {GGML_Q4_0, GGML_Q4_1, GGML_Q5_0, GGML_Q8_0}
 PACKABLE = EXACT | {GGML_Q4_K}
 """GGML types whose blocks are packed as they are, but for the scales and offsets of Q4_K."""
 
-# How far the range of a group is narrowed in search of the 4-bit grid with the least squared error.
+# In search of the 4-bit grid with the least squared error, the range of a group is narrowed so far, and values are
+# rounded to each grid so many times, which is fitted to them in between (error: 92 % after 2, 88 after 3, 85 after 6).
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
+_FITS = 3
 
 
 def packed_shape(n_rows: int, n_columns: int, bits: int) -> tuple[int, int, int]:
@@ -89,12 +91,14 @@ def quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
     for shrink in _SHRINKS:
         scale = ((high - low) * (shrink / 15)).half()
         offset = (low + (high - low) * ((1 - shrink) / 2)).half()
-        steps = _steps(groups, scale, offset, 0, 15)
-        error = (steps * scale + offset - groups).square_().sum(-1, keepdim=True)
-        better = error < least
-        least = torch.where(better, error, least)
-        new = (scale, offset, steps)
-        best = tuple(torch.where(better, *pair) for pair in zip(new, best, strict=True))  # type: ignore[assignment]
+        for _ in range(_FITS):
+            steps = _steps(groups, scale, offset, 0, 15)
+            error = (steps * scale + offset - groups).square_().sum(-1, keepdim=True)
+            better = error < least
+            least = torch.where(better, error, least)
+            new = (scale, offset, steps)
+            best = tuple(torch.where(better, *pair) for pair in zip(new, best, strict=True))  # type: ignore[assignment]
+            scale, offset = _fit_grid(groups, steps, scale)
     scale, offset, steps = best
     return _pack(torch.cat([scale, offset], dim=-1).half(), steps.to(torch.uint8))
 
@@ -125,6 +129,15 @@ def _pack_q4_k(blocks: torch.Tensor) -> torch.Tensor:
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     return torch.cat([packed & 15, packed >> 4], dim=-1)
+
+
+def _fit_grid(groups: torch.Tensor, steps: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the float16 scale and offset with which `steps` come nearest to `groups`: the least squared error."""
+    mean_step, mean = steps.mean(-1, keepdim=True), groups.mean(-1, keepdim=True)
+    from_mean = steps - mean_step
+    spread = from_mean.square().sum(-1, keepdim=True)
+    fitted = torch.where(spread > 0, (from_mean * (groups - mean)).sum(-1, keepdim=True) / spread, scale.float())
+    return fitted.half(), (mean - fitted * mean_step).half()
 
 
 def _pack(halves: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

@@ -119,10 +119,12 @@ def write_random(
     *,
     config: PreTrainedConfig | None = None,
     kinds: Mapping[str, str] = {},
+    more: Mapping[str, np.ndarray] = {},
 ) -> None:
     """Write a model of an architecture, or of its `config`.
 
-    `kind` is the type of its matrices' blocks, where their columns fill them, and `kinds` that of tensors by name.
+    `kind` is the type of its matrices' blocks, where their columns fill them, and `kinds` that of tensors by name;
+    `more` are tensors that are no parameters.
     """
     config = config or CONFIGS[architecture]
     with torch.device("meta"):
@@ -149,6 +151,8 @@ def write_random(
         if "ssm_a" in tensor:
             values = -np.abs(values)
         writer.add_tensor(tensor, values, raw_dtype=gguf.GGMLQuantizationType[own])
+    for tensor, values in more.items():
+        writer.add_tensor(tensor, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -67,14 +67,16 @@ class PackedLinear(nn.Module):
 class PackedEmbedding(nn.Module):
     """An embedding whose `weight` is packed, which can be that of the output head."""
 
-    bits = 8
-
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
-        shape = packed_shape(num_embeddings, embedding_dim, self.bits)
+        shape = packed_shape(num_embeddings, embedding_dim, bits=8)
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8), requires_grad=False)
+
+    @property
+    def bits(self) -> int:
+        return bits_of(self.weight)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.num_embeddings:

@@ -19,6 +19,7 @@ from streaming.models.device import choose_device, choose_dtype, choose_int4, fr
 from streaming.models.embedded import DEFAULT_MODEL
 from streaming.models.gguf import GgufFile
 from streaming.models.gguf_weights import GgufParameter, find_parameters
+from streaming.models.llama3_rope import stretch_frequencies
 from streaming.models.progress import LoadProgress as LoadProgress
 from streaming.models.progress import ProgressCallback, ignore_progress
 from streaming.models.sources import find_model
@@ -164,7 +165,7 @@ def _load_config(files: Path | GgufFile, name: str, trust_remote_code: bool) -> 
     if config.is_encoder_decoder or not is_causal or not has_class:
         kind = ", ".join(config.architectures or [config.model_type])
         raise NotACausalLM(f"{name} ({kind}) does not continue text token by token; choose a causal language model.")
-    return config
+    return stretch_frequencies(config, files) if isinstance(files, GgufFile) else config
 
 
 def _load_tokenizer(files: Path | GgufFile, trust_remote_code: bool) -> Any:

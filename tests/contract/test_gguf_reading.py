@@ -39,7 +39,8 @@ def test_parameters_are_what_transformers_makes_of_the_file(tmp_path, architectu
     packed = load_model(str(tmp_path / "model.gguf"), quantize="int4").model
     modules = {n: m for n, m in packed.named_modules() if isinstance(m, int4.PackedLinear | int4.PackedEmbedding)}
     rounded = {n for n, m in modules.items() if not torch.equal(unpack(m.weight, n_rows(m)), theirs[f"{n}.weight"])}
-    assert {name.partition("layers.")[2].partition(".")[2] for name in rounded} == ROUNDED.get(architecture, set())
+    kinds = {name.partition("layers.")[2].partition(".")[2] for name in rounded}
+    assert kinds == ROUNDED.get(architecture, set()), "transformers does more than move the rows of others than these"
     with torch.no_grad():
         ids = torch.arange(5, 30)[None]
         logits, exact = packed(ids).logits, floats(ids).logits

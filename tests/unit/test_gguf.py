@@ -158,6 +158,32 @@ def test_room_is_counted_by_the_types_of_the_file(path):
     assert asked[0] < asked[1] == asked[2]
 
 
+def llama_3_divisors(head_dim: int, theta: float, factor: float) -> np.ndarray:
+    """What llama.cpp's converter divides rotary frequencies by (`LlamaModel.generate_extra_tensors`)."""
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = (8192 / wavelengths - 1) / (4 - 1)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(wavelengths < 8192 / 4, 1, np.where(wavelengths > 8192, factor, between)).astype(np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_rotary_frequencies_of_llama_3_are_stretched(path, factor):
+    """Of which transformers' own reading says nothing: its config has those of Llama 3.0."""
+    divisors = llama_3_divisors(64, 1e4, factor)
+    assert len(set(divisors.tolist())) > 3
+    write_random(path, "llama", more={"rope_freqs.weight": divisors})
+    model = load_model(str(path)).model
+    frequencies = 1e4 ** (-torch.arange(0, 64, 2) / 64)
+    assert torch.allclose(model.model.rotary_emb.inv_freq, frequencies / torch.from_numpy(divisors), rtol=1e-5)
+    assert step_of(model) is not None
+
+
+def test_frequencies_of_no_known_kind_are_refused(path):
+    write_random(path, "llama", more={"rope_freqs.weight": np.full(32, 3, np.float32)})
+    with pytest.raises(ModelDamaged, match="rotary frequencies"):
+        load_model(str(path))
+
+
 def test_smollm_files_of_any_type_load(path):
     """llama.cpp takes Q5_0 where columns do not fill K-blocks, so a Q4_K_M of SmolLM2-135M is mostly Q5_0."""
     model = write_gguf(path, matrices="Q5_0")

@@ -11,7 +11,7 @@ from streaming.server.address import require_free
 from streaming.server.runs import Runs
 from streaming.server.stopping import exit_on_sigterm
 from streaming.settings import load_settings
-from streaming.startup import collector_paused
+from streaming.startup import collector_paused, without_type_stubs
 
 NO_SHARE = "No share link can be had (Gradio's relay is out of reach); the page is there all the same."
 
@@ -30,8 +30,9 @@ def main() -> int:
         with ExitStack() as resources:
             menu = resources.enter_context(closing(load_menu(settings)))
             with collector_paused():
-                from streaming.server.routes import meter
-                from streaming.ui.build import build_app, launch_app
+                with without_type_stubs():
+                    from streaming.server.routes import meter
+                    from streaming.ui.build import build_app, launch_app
 
                 engine, routes = meter(menu, settings)
                 store = resources.enter_context(closing(Store(settings.data_dir)))

@@ -1,4 +1,4 @@
-"""The garbage collector rests while a program starts, and what was freed goes back."""
+"""The garbage collector rests while a program starts, and what was freed goes back; gradio writes no stubs."""
 
 import gc
 import platform
@@ -60,3 +60,24 @@ def test_what_was_freed_goes_back_to_the_system():
 def test_an_allocator_that_cannot_be_told_is_left_to_itself(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda _name: object())
     give_back_memory()
+
+
+PARSE = """
+import ast, contextlib, sys
+from streaming.startup import without_type_stubs
+parse, parsed = ast.parse, []
+ast.parse = lambda source, *more, **named: parsed.append(source) or parse(source, *more, **named)
+with without_type_stubs() if sys.argv[1:] else contextlib.nullcontext():
+    import gradio
+print(sum("(Component" in str(source) or "(FormComponent" in str(source) for source in parsed))
+import inspect
+assert inspect.getfile(gradio.Textbox).endswith("textbox.py")
+"""
+
+
+@pytest.mark.parametrize(("arguments", "parses"), [(["without"], False), ([], True)])
+def test_gradio_parses_none_of_its_components_while_stubs_are_off(arguments, parses):
+    """It may find another way in another version: then `without_type_stubs` is of no use any more."""
+    command = [sys.executable, "-c", PARSE, *arguments]
+    n_parsed = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (n_parsed > 0) == parses

@@ -14,7 +14,7 @@ class FairQueue(Generic[T]):
     """Items that wait, and items that are served.
 
     Owners take turns: whoever has had one goes behind everyone else who waits, and each one's own items keep their
-    order. `n_seats` may be served at a time, and nobody takes more seats than are left free, so that whoever comes next
+    order. `n_seats` may be served at a time, and nobody takes more than half of the seats, so that whoever comes next
     finds one. At most `max_active` items of one person, who may be several owners, may be here at a time, waiting or
     served, and at most `max_queued` of all may wait. 0 is no limit. Not thread-safe: its engine holds a lock around
     every call.
@@ -102,8 +102,10 @@ class FairQueue(Generic[T]):
         return waiting
 
     def _next_owner(self) -> str | None:
-        n_free = self._n_seats - len(self._served) if self._n_seats else math.inf
-        return next((owner for owner in self._lines if self._n_seats_of(owner) < n_free), None)
+        if self._n_seats and len(self._served) >= self._n_seats:
+            return None
+        most = max(1, self._n_seats // 2) if self._n_seats else math.inf
+        return next((owner for owner in self._lines if self._n_seats_of(owner) < most), None)
 
     def _n_seats_of(self, owner: str) -> int:
         return sum(owner == one for one, _ in self._served)

@@ -49,21 +49,20 @@ def test_what_is_removed_was_waiting_and_is_gone():
     assert (queue.clear(), queue.served, queue.n_waiting, queue.take()) == (["bob2"], [], 0, None)
 
 
-def test_nobody_takes_more_seats_than_are_left_free():
-    queue = filled("ann1", "ann2", "ann3", "ann4", "ann5", n_seats=8)
-    assert drain(queue) == ["ann1", "ann2", "ann3", "ann4"]
-    assert (queue.can_take, queue.n_waiting) == (False, 1)
-    for name in ("bob1", "bob2", "bob3", "cat1", "dan1", "eve1"):
+def test_nobody_takes_more_than_half_of_the_seats():
+    queue = filled("ann1", "ann2", "ann3", "ann4", "ann5", n_seats=7)
+    assert drain(queue) == ["ann1", "ann2", "ann3"]
+    assert (queue.can_take, queue.n_waiting) == (False, 2)
+    for name in ("bob1", "bob2", "cat1", "dan1", "eve1"):
         queue.add(name, name[:-1])
-    assert drain(queue) == ["bob1", "cat1", "dan1", "eve1"]
-    queue.release("cat1")  # ann has 4 seats and bob 1, where 1 is free
-    assert not queue.can_take
-    queue.release("bob1")
+    assert drain(queue) == ["bob1", "cat1", "dan1", "eve1"]  # ann waits for one of hers, bob for any
+    queue.release("cat1")
     assert drain(queue) == ["bob2"]
-    queue.release("ann1")
+    assert not queue.can_take
     queue.release("ann2")
-    queue.release("ann3")  # 4 are free: one for each who waits, then a second of bob's would leave too few
-    assert drain(queue) == ["ann5", "bob3"]
+    assert drain(queue) == ["ann4"]
+    queue.release("dan1")
+    assert (queue.can_take, list(queue)) == (False, ["ann5"])
 
 
 def test_the_only_seat_is_anybodys():

@@ -57,7 +57,7 @@ class Reader:
     """What StepBatch needs of a Run: a prompt, and a place for tokens."""
 
     def __init__(self, n_prompt: int) -> None:
-        self.generation = SimpleNamespace(prompt_ids=[1] * n_prompt)
+        self.generation = SimpleNamespace(prompt_ids=[1] * n_prompt, finish=None)
         self.cache = SimpleNamespace(get_seq_length=lambda: 0)
         self.token_ids: list[int] = []
         self.cancelled = False

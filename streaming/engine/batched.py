@@ -93,7 +93,7 @@ class BatchedEngine(LocalEngine):
     def _join(self, run: Run, batch: Batch, loaded: LoadedModel) -> None:
         try:
             if run.cache is None and batch.reads_caches:
-                self._open_cache(run, loaded)
+                self._reading.open_cache(run, loaded)
             if self._config_adds:
                 own, run.processors = run.processors, prepare_processors(run, loaded)
                 self._config_adds = len(run.processors) > len(own)

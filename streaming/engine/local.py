@@ -5,28 +5,16 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
-from transformers import Cache
 
-from streaming.chat import encode_opening
 from streaming.engine.base import EngineStatus, Generation, GenerationRequest, SamplingDefaults
 from streaming.engine.failures import as_unavailable, explain
-from streaming.engine.generate import (
-    PREFILL_CHUNK_TOKENS,
-    generate,
-    has_stopped,
-    new_cache,
-    read,
-    reads_with_step,
-    require_servable,
-)
-from streaming.engine.prefix_cache import NOBODY, PrefixCache
+from streaming.engine.generate import generate, has_stopped, require_servable
 from streaming.engine.queue import FairQueue
+from streaming.engine.reading import Reading
 from streaming.engine.run import GiveWay, Run, StopStringMet, build_run
 from streaming.errors import EngineClosed, GenerationCancelled, ModelUnavailable, StreamTimeout
 from streaming.events import FinishReason
@@ -40,15 +28,6 @@ READY_TIMEOUT_S = 3600.0
 JOIN_TIMEOUT_S = 60.0
 """How long `close()` waits for the worker, which lets go of the model between two chunks or tokens."""
 
-MAX_CACHE_BYTES = 2 * 2**30
-"""The most memory that kept prefixes take, however much is free."""
-N_READ_AHEAD = 16
-"""Of how many chats that have ended the next turn is prepared when nobody waits."""
-MAX_AHEAD_TOKENS = 64
-"""Whoever asks in the meantime waits for it: a template that rewrites replies is left to the next turn."""
-MIN_OPENING_TOKENS = 16
-"""What all chats begin with is kept for all from this length on: less is read about as fast as it is copied."""
-
 Load = Callable[[Callable[[LoadProgress], None]], LoadedModel]
 
 
@@ -57,8 +36,7 @@ class LocalEngine:
 
     `load` is called once, in the worker thread, with a callback for its progress; requests wait for it. Thread rules:
     every public method may be called from any thread; only the worker touches the model. What was read is kept within
-    `max_cache_bytes` (None: a quarter of the free memory, at most MAX_CACHE_BYTES; 0: nothing). `max_active` and
-    `max_queued` are FairQueue's limits.
+    `max_cache_bytes` (as in Reading; 0: nothing). `max_active` and `max_queued` are FairQueue's limits.
     """
 
     kind = "local"
@@ -74,21 +52,17 @@ class LocalEngine:
         max_queued: int = 0,
     ) -> None:
         self._load = load
-        self._prefixes = PrefixCache(
-            _default(max_cache_bytes, min(psutil.virtual_memory().available // 4, MAX_CACHE_BYTES))
-        )
         self._model_id = model_id
         self._loaded: LoadedModel | None = None
         self._load_error: ModelUnavailable | None = None
         self._load_progress: LoadProgress | None = None
         self._ready = threading.Event()
         self._encoding = threading.Lock()  # encoding changes a tokenizer's settings: one at a time
+        self._reading = Reading(max_cache_bytes, self._encoding)
         self._changed = threading.Condition()
         self._queue: FairQueue[Run] = FairQueue(max_active, max_queued, n_seats=self.n_seats)
         self._active: Run | None = None  # for which the model is called
         self._closing = False
-        self._knows_opening = False
-        self._ended: deque[Run] = deque(maxlen=N_READ_AHEAD)  # chats whose next turn can be prepared
         self._detail = ""  # what is worth knowing of how requests are served
         self._worker = threading.Thread(target=self._work, name="brook-engine", daemon=True)
         self._worker.start()
@@ -156,7 +130,7 @@ class LocalEngine:
             n_active,
             n_queued,
             self._detail,
-            n_cache_bytes=self._prefixes.n_bytes,
+            n_cache_bytes=self._reading.n_bytes,
         )
 
     def close(self) -> None:
@@ -227,17 +201,9 @@ class LocalEngine:
             except BaseException as error:  # a mistake of Brook's own: those who wait are served all the same
                 for served in self._queue.served:
                     self._end(served, error)
-            self._use_idle_time(loaded)
+            self._reading.go_ahead(loaded, self._is_idle)
         self._let_go()
         self._loaded = None
-
-    def _use_idle_time(self, loaded: LoadedModel) -> None:
-        """Prepare the next turns of the chats that ended last, until someone asks for something."""
-        while self._ended and self._is_idle():
-            try:
-                self._read_ahead(self._ended.pop(), loaded)
-            except Exception:
-                logger.exception("The next turn of a chat could not be prepared; it reads a little more instead")
 
     def _is_idle(self) -> bool:
         with self._changed:
@@ -248,8 +214,7 @@ class LocalEngine:
 
     def _let_go(self) -> None:
         """Do in the worker what must be done after the last request: who keeps a generation keeps this engine."""
-        self._prefixes.clear()
-        self._ended.clear()
+        self._reading.clear()
 
     def _on_load_progress(self, progress: LoadProgress) -> None:
         self._load_progress = progress
@@ -269,7 +234,7 @@ class LocalEngine:
 
     def _serve(self, run: Run, loaded: LoadedModel) -> None:
         try:
-            cache = self._open_cache(run, loaded)
+            cache = self._reading.open_cache(run, loaded)
             self._active = run
             generate(run, cache, loaded)
         except GiveWay:
@@ -299,7 +264,8 @@ class LocalEngine:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             if reason != "error" and run.cache is not None:
-                self._keep(run, run.cache)
+                assert self._loaded is not None
+                self._reading.keep(run, run.cache, self._loaded)
         except Exception:
             logger.exception("What was read for a request could not be kept")
         finally:
@@ -308,53 +274,6 @@ class LocalEngine:
                 self._queue.release(run)
                 self._show_places()
             run.finish(reason, message)
-
-    def _open_cache(self, run: Run, loaded: LoadedModel) -> Cache:
-        """Give a run the cache that it goes on with: of its owner's earlier requests, of the opening, or a new one."""
-        generation, request = run.generation, run.generation.request
-        cache = self._prefixes.take(request.owner, generation.prompt_ids)
-        if cache is None and request.messages and request.messages[0]["role"] != "system" and not self._knows_opening:
-            self._read_opening(loaded)
-            cache = self._prefixes.take(request.owner, generation.prompt_ids)
-        if cache is None:
-            cache = new_cache(loaded)
-        run.cache = cache
-        run.n_reused_tokens = cache.get_seq_length()
-        return cache
-
-    def _read_opening(self, loaded: LoadedModel) -> None:
-        """Read what every chat begins with and keep it for everyone, where it is more than a few tokens."""
-        self._knows_opening = True
-        with self._encoding:
-            ids = encode_opening(loaded.tokenizer, (), loaded.n_context)[:PREFILL_CHUNK_TOKENS]
-        if len(ids) >= MIN_OPENING_TOKENS:
-            cache = new_cache(loaded)
-            read(ids, cache, loaded)
-            self._prefixes.keep(NOBODY, ids, cache)
-
-    def _read_ahead(self, run: Run, loaded: LoadedModel) -> None:
-        """Read what will stand between a reply and the next message, which need not wait for it then."""
-        request = run.generation.request
-        reply = [*request.prefix_ids, *run.token_ids]
-        if has_stopped(run, loaded):
-            del reply[-1]  # the template ends a reply in its own way
-        said = {"role": "assistant", "content": loaded.tokenizer.decode(reply), "token_ids": reply}
-        with self._encoding:
-            ids = encode_opening(loaded.tokenizer, [*(request.messages or ()), said], loaded.n_context)
-        cache = self._prefixes.take(request.owner, ids)
-        if cache is None:
-            return
-        unread = ids[cache.get_seq_length() :]
-        if len(unread) <= MAX_AHEAD_TOKENS:
-            read(unread, cache, loaded)
-        self._prefixes.keep(request.owner, ids, cache)
-
-    def _keep(self, run: Run, cache: Cache) -> None:
-        generation = run.generation
-        self._prefixes.keep(generation.request.owner, [*generation.prompt_ids, *run.token_ids], cache)
-        assert self._loaded is not None
-        if run.token_ids and generation.request.messages and reads_with_step(self._loaded):
-            self._ended.append(run)
 
     def _before_forward(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._active is not None:

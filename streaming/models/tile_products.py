@@ -92,20 +92,9 @@ def tile_dot(weight, block_bytes, tile, x, groups):
 
 
 @inline
-def _dots_4(words, shift, x, row_bytes, a, b, c, d):
-    """Add 2 columns of 4 bits (of 32-bit lanes) times 2 activations of each of four rows to their accumulators."""
-    steps = simd_int.word_field(words, shift, 15)
-    a = simd_int.multiply_words(steps, simd_int.load_splat(x), a)
-    b = simd_int.multiply_words(steps, simd_int.load_splat(x + row_bytes), b)
-    c = simd_int.multiply_words(steps, simd_int.load_splat(x + 2 * row_bytes), c)
-    d = simd_int.multiply_words(steps, simd_int.load_splat(x + 3 * row_bytes), d)
-    return a, b, c, d
-
-
-@inline
-def _dots_8(words, shift, x, row_bytes, a, b, c, d):
-    """The same of 8 bits."""
-    steps = simd_int.word_field(words, shift, 255)
+def _dots(words, shift, mask, x, row_bytes, a, b, c, d):
+    """Add 2 columns (of 32-bit lanes) times 2 activations of each of four rows to their accumulators."""
+    steps = simd_int.word_field(words, shift, mask)
     a = simd_int.multiply_words(steps, simd_int.load_splat(x), a)
     b = simd_int.multiply_words(steps, simd_int.load_splat(x + row_bytes), b)
     c = simd_int.multiply_words(steps, simd_int.load_splat(x + 2 * row_bytes), c)
@@ -138,16 +127,16 @@ def _four_tile_dots(weight, block_bytes, tile, x, row_bytes, groups, out, out_by
                 simd.prefetch(block + _PREFETCH_BYTES + 64 * j)
             for j in range(4):
                 words, at = simd_int.load(block + 64 + 64 * j), x + 16 * j
-                e0, e1, e2, e3 = _dots_4(words, 0, at, row_bytes, e0, e1, e2, e3)
+                e0, e1, e2, e3 = _dots(words, 0, 15, at, row_bytes, e0, e1, e2, e3)
                 if simd.MANY_REGISTERS:
                     # Each sum grows once a round: of two growths LLVM makes multiplications and additions of their own.
-                    o0, o1, o2, o3 = _dots_4(words, 4, at + 4, row_bytes, o0, o1, o2, o3)
-                    f0, f1, f2, f3 = _dots_4(words, 8, at + 8, row_bytes, f0, f1, f2, f3)
-                    p0, p1, p2, p3 = _dots_4(words, 12, at + 12, row_bytes, p0, p1, p2, p3)
+                    o0, o1, o2, o3 = _dots(words, 4, 15, at + 4, row_bytes, o0, o1, o2, o3)
+                    f0, f1, f2, f3 = _dots(words, 8, 15, at + 8, row_bytes, f0, f1, f2, f3)
+                    p0, p1, p2, p3 = _dots(words, 12, 15, at + 12, row_bytes, p0, p1, p2, p3)
                 else:
-                    e0, e1, e2, e3 = _dots_4(words, 4, at + 4, row_bytes, e0, e1, e2, e3)
-                    e0, e1, e2, e3 = _dots_4(words, 8, at + 8, row_bytes, e0, e1, e2, e3)
-                    e0, e1, e2, e3 = _dots_4(words, 12, at + 12, row_bytes, e0, e1, e2, e3)
+                    e0, e1, e2, e3 = _dots(words, 4, 15, at + 4, row_bytes, e0, e1, e2, e3)
+                    e0, e1, e2, e3 = _dots(words, 8, 15, at + 8, row_bytes, e0, e1, e2, e3)
+                    e0, e1, e2, e3 = _dots(words, 12, 15, at + 12, row_bytes, e0, e1, e2, e3)
             e0, o0 = simd_int.add(e0, f0), simd_int.add(o0, p0)
             e1, o1 = simd_int.add(e1, f1), simd_int.add(o1, p1)
             e2, o2 = simd_int.add(e2, f2), simd_int.add(o2, p2)
@@ -162,11 +151,11 @@ def _four_tile_dots(weight, block_bytes, tile, x, row_bytes, groups, out, out_by
                 simd.prefetch(block + _PREFETCH_BYTES + 64 * j)
             for j in range(8):
                 words, at = simd_int.load(block + 32 + 64 * j), x + 8 * j
-                e0, e1, e2, e3 = _dots_8(words, 0, at, row_bytes, e0, e1, e2, e3)
+                e0, e1, e2, e3 = _dots(words, 0, 255, at, row_bytes, e0, e1, e2, e3)
                 if simd.MANY_REGISTERS:
-                    o0, o1, o2, o3 = _dots_8(words, 8, at + 4, row_bytes, o0, o1, o2, o3)
+                    o0, o1, o2, o3 = _dots(words, 8, 255, at + 4, row_bytes, o0, o1, o2, o3)
                 else:
-                    e0, e1, e2, e3 = _dots_8(words, 8, at + 4, row_bytes, e0, e1, e2, e3)
+                    e0, e1, e2, e3 = _dots(words, 8, 255, at + 4, row_bytes, e0, e1, e2, e3)
         a = _add_group(block, block_bytes, e0, o0, x, a)
         b = _add_group(block, block_bytes, e1, o1, x + row_bytes, b)
         c = _add_group(block, block_bytes, e2, o2, x + 2 * row_bytes, c)

@@ -605,7 +605,7 @@ class TestReuse:
             assert result.token_ids == again.result(WAIT_S).token_ids
             n_reused.append(result.finish.n_reused_tokens)
         assert n_reused == [len(opening), len(opening), len(run.prompt_ids) - 1]
-        for_all = [entry.ids for entry in engine._prefixes._entries if entry.owner is NOBODY]
+        for_all = [entry.ids for entry in engine._reading.prefixes._entries if entry.owner is NOBODY]
         assert for_all == [tuple(opening)]
 
     def test_a_system_prompt_of_ones_own_is_read_for_nobody_else(self, serve):
@@ -692,7 +692,7 @@ def test_code_of_a_model_that_ends_the_process_ends_the_loading_alone(kind):
 @of_token_ids
 def test_what_cannot_be_kept_costs_nobody_an_answer(serve, monkeypatch):
     engine = serve(tiny_llama())
-    monkeypatch.setattr(engine._prefixes, "keep", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine._reading.prefixes, "keep", lambda *_: 1 / 0)
     for _ in range(2):
         assert say(engine, max_new_tokens=3).result(WAIT_S).finish.reason == "length"
 
@@ -701,7 +701,6 @@ def test_what_cannot_be_kept_costs_nobody_an_answer(serve, monkeypatch):
 def test_a_mistake_in_the_engine_is_told_and_the_next_request_is_served(serve, monkeypatch):
     engine = serve(tiny_llama())
     expected = say(engine, max_new_tokens=3).result(WAIT_S).token_ids
-    monkeypatch.setattr(engine, "_open_cache", lambda *_: 1 / 0)
     monkeypatch.setattr(engine, "_serve", lambda *_: 1 / 0)
     failed = say(engine, max_new_tokens=3).result(WAIT_S)
     assert (failed.finish.reason, failed.token_ids) == ("error", [])
@@ -717,10 +716,10 @@ def test_closing_lets_go_of_what_was_kept(serve):
     engine = serve(tiny_llama())
     run = say(engine, max_new_tokens=3)
     run.result(WAIT_S)
-    cache = weakref.ref(engine._prefixes._entries[0].cache)
+    cache = weakref.ref(engine._reading.prefixes._entries[0].cache)
     engine.close()
     assert cache() is None
-    assert engine._prefixes.n_bytes == 0
+    assert engine._reading.prefixes.n_bytes == 0
 
 
 @of_token_ids
@@ -751,7 +750,7 @@ def test_what_is_kept_grows_in_blocks(serve):
     """A token costs its own bytes, not a copy of all before it."""
     engine = serve(tiny_llama())
     say(engine, max_new_tokens=20).result(WAIT_S)
-    (entry,) = engine._prefixes._entries
+    (entry,) = engine._reading.prefixes._entries
     assert [type(layer) for layer in entry.cache.layers] == [GrowingLayer] * 2
     assert {layer.capacity for layer in entry.cache.layers} == {BLOCK_TOKENS}
     assert {layer.keys.dtype for layer in entry.cache.layers} == {torch.float32}

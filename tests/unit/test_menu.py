@@ -221,7 +221,7 @@ class TestRoom:
         menu.submit(request(folders[0])).result(WAIT_S)
         assert menu.status().n_cache_bytes > 0
         before = menu.find(folders[0])._engine._engine
-        gone = [weakref.ref(one) for one in (before, before._loaded.model, before._prefixes)]
+        gone = [weakref.ref(one) for one in (before, before._loaded.model, before._reading.prefixes)]
         del before
         # Nothing waits for the garbage collector: memory is counted right after, for the model that needs it.
         gc.collect()

@@ -57,7 +57,7 @@ def test_what_stands_between_a_reply_and_the_next_message_is_read_while_nobody_w
         ids = result.token_ids[: -1 if result.finish.reason == "stop" else None]
         messages.append({"role": "assistant", "content": result.text, "token_ids": ids})
         opening = encode_opening(engine.tokenizer, messages, N_CONTEXT)
-        wait_for(lambda opening=opening: opening in [entry.ids for entry in engine._prefixes._entries])
+        wait_for(lambda opening=opening: opening in [entry.ids for entry in engine._reading.prefixes._entries])
         n_prepared = len(opening)
         assert n_prepared > len(run.prompt_ids) + len(ids)
     for each in (engine, fresh):
@@ -73,7 +73,7 @@ def test_a_turn_that_cannot_be_prepared_is_read_when_it_comes(monkeypatch):
         tried.set()
         raise MemoryError
 
-    monkeypatch.setattr("streaming.engine.local.read", fail)
+    monkeypatch.setattr("streaming.engine.reading.read", fail)
     for question in ("one?", "two?"):
         request = GenerationRequest(messages=[{"role": "user", "content": question}], max_new_tokens=4, temperature=0)
         result = engine.submit(request).result(WAIT_S)

@@ -3,6 +3,7 @@
 import string
 
 import torch
+from torch import nn
 from transformers import (
     GemmaConfig,
     GPTNeoXConfig,
@@ -15,7 +16,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from streaming.models.int4 import pack_model
+from streaming.models.arena import move_to_arena
+from streaming.models.int4 import PackedEmbedding, PackedLinear, replace_linears
+from streaming.models.packing import quantize
 from tests.tiny import byte_tokenizer
 
 COMMON = {
@@ -74,6 +77,26 @@ def random_model(config, seed: int = 0) -> PreTrainedModel:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.generation_config.eos_token_id = 258
     model.generation_config.pad_token_id = 256
+    return model
+
+
+def pack_model(model):
+    """Pack a float32 model in place as loading it packed does, and return it."""
+    floats = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+    replace_linears(model)
+    packed_weights = {}
+    for name, old in floats.items():
+        new = model.get_submodule(name)
+        if not isinstance(new, PackedLinear | PackedEmbedding):
+            continue
+        key = id(old.weight)
+        if key not in packed_weights:
+            packed_weights[key] = nn.Parameter(quantize(old.weight, new.bits), requires_grad=False)
+        new.weight = packed_weights[key]
+        if isinstance(new, PackedLinear):
+            new.bias = old.bias
+        del old.weight
+    move_to_arena(model)
     return model
 
 

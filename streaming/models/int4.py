@@ -181,25 +181,3 @@ def replace_linears(model: Any, keep: list[str] | None = None) -> None:
 def _packs(module: Any, kind: type[nn.Module]) -> bool:
     weight: Any = module.weight if type(module) is kind else None
     return weight is not None and weight.shape[1] % GROUP_COLUMNS == 0
-
-
-def pack_model(model: Any) -> Any:
-    """Pack a loaded float32 model in place, one layer at a time, and return it."""
-    floats: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)
-    }
-    replace_linears(model)
-    packed_weights: dict[int, nn.Parameter] = {}
-    for name, old in floats.items():
-        new = model.get_submodule(name)
-        if not isinstance(new, PackedLinear | PackedEmbedding):
-            continue
-        key = id(old.weight)
-        if key not in packed_weights:
-            packed_weights[key] = nn.Parameter(quantize(old.weight, new.bits), requires_grad=False)
-        new.weight = packed_weights[key]
-        if isinstance(new, PackedLinear):
-            new.bias = old.bias
-        del old.weight
-    move_to_arena(model)
-    return model

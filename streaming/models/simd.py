@@ -76,12 +76,6 @@ def store_halves(_context: Any, _address: Any, _vector: Any) -> Any:
 
 
 @intrinsic
-def load_float(_context: Any, _address: Any) -> Any:
-    """Read one float32 value."""
-    return operation(types.float32(types.int64), lambda b, at: emit_load(b, at, FLOAT, 4))
-
-
-@intrinsic
 def store_float(_context: Any, _address: Any, _scalar: Any) -> Any:
     """Write one float32 value."""
     return operation(types.void(types.int64, types.float32), lambda b, at, scalar: emit_store(b, at, scalar, 4))

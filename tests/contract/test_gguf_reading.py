@@ -13,6 +13,7 @@ from streaming.models.assembling import LazyWeight
 from streaming.models.loading import load_model
 from streaming.models.packing import unpack
 from tests.gguf_files import CONFIGS, write_random
+from tests.packed import pack_model
 from tests.tiny import tiny_llama
 
 # What is more than moved by whole rows, or is no matrix in the file.
@@ -54,7 +55,7 @@ def n_rows(module):
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_a_weight_is_read_once_when_its_turn_comes(is_packed):
     """`from_pretrained` takes each value of a `state_dict` by `[...]`, once, and asks `get_dtype()` if it may cast."""
-    model = int4.pack_model(tiny_llama()) if is_packed else tiny_llama()
+    model = pack_model(tiny_llama()) if is_packed else tiny_llama()
     n_read = dict.fromkeys(model.state_dict(), 0)
 
     def read(name):

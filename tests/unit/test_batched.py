@@ -10,9 +10,8 @@ from streaming.engine.base import Generation, GenerationRequest
 from streaming.engine.batch import STEP_TOKENS, ForwardStep, StepBatch
 from streaming.engine.batched import BatchedEngine
 from streaming.engine.managed import ManagedBatch
-from streaming.models.int4 import pack_model
 from streaming.models.llama_step import LlamaStep
-from tests.packed import WITH_STEP, random_model
+from tests.packed import WITH_STEP, pack_model, random_model
 from tests.tiny import SYSTEM, SYSTEM_TEMPLATE, byte_tokenizer, loaded, tiny_llama
 
 WAIT_S = 60

@@ -12,10 +12,9 @@ from transformers.cache_utils import DynamicLayer
 
 from streaming.engine.decode_loop import decode_loop
 from streaming.models import llama_step
-from streaming.models.int4 import pack_model
 from streaming.models.kv_cache import BLOCK_TOKENS, GrowingLayer, copy_beginning, is_continuable
 from streaming.models.llama_step import LlamaStep, step_of
-from tests.packed import WITH_STEP, WITHOUT_STEP, random_model
+from tests.packed import WITH_STEP, WITHOUT_STEP, pack_model, random_model
 
 PROMPT = torch.tensor([[257, 5, 80, 13, 200, 7]])
 

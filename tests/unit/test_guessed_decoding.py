@@ -11,8 +11,7 @@ from streaming import GenerationRequest
 from streaming.engine import decode_loop as module
 from streaming.engine.local import LocalEngine
 from streaming.engine.lookup import PromptLookup
-from streaming.models.int4 import pack_model
-from tests.packed import WITH_STEP, random_model
+from tests.packed import WITH_STEP, pack_model, random_model
 from tests.tiny import loaded
 from tests.unit.test_decode_loop import PROMPT, Log, generate
 

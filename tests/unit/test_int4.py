@@ -16,7 +16,7 @@ from streaming.errors import ModelUnavailable
 from streaming.models import int4, kernels, packing, parallel
 from streaming.models.device import choose_int4
 from tests.gguf_files import random_blocks
-from tests.packed import WITH_STEP, WITHOUT_STEP, random_model
+from tests.packed import WITH_STEP, WITHOUT_STEP, pack_model, random_model
 
 CPU = torch.device("cpu")
 
@@ -149,7 +149,7 @@ def test_packing_a_loaded_model_gives_what_loading_it_packed_gives(tmp_path):
     model = random_model(WITH_STEP["llama tied"])
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=int4.Int4Config())
-    packed = int4.pack_model(copy.deepcopy(model))
+    packed = pack_model(copy.deepcopy(model))
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         assert torch.equal(packed(ids).logits, loaded(ids).logits)
@@ -187,7 +187,7 @@ def test_a_system_without_large_pages_still_packs(monkeypatch):
             raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(mmap, "mmap", WithoutLargePages)
-    packed = int4.pack_model(random_model(WITH_STEP["llama"]))
+    packed = pack_model(random_model(WITH_STEP["llama"]))
     assert packed(torch.arange(3, 20)[None]).logits.isfinite().all()
 
 
@@ -195,12 +195,12 @@ def test_a_model_without_linears_is_refused_in_a_sentence(tmp_path):
     config = copy.deepcopy(WITH_STEP["llama"])
     config.hidden_size, config.intermediate_size, config.num_attention_heads, config.head_dim = 72, 72, 1, 72
     with pytest.raises(ModelUnavailable, match="no linear layers that can be quantized"):
-        int4.pack_model(random_model(config))
+        pack_model(random_model(config))
 
 
 def test_a_model_that_rounds_to_the_dtype_of_its_weights_is_refused_in_a_sentence():
     config = MambaConfig(vocab_size=259, hidden_size=64, num_hidden_layers=1, state_size=4)
-    model = int4.pack_model(random_model(config))
+    model = pack_model(random_model(config))
     with pytest.raises(ModelUnavailable, match="cannot run with packed weights; use --quantize none"):
         model(torch.arange(3, 20)[None])
 

@@ -9,8 +9,7 @@ from streaming import GenerationRequest
 from streaming.chat import encode_opening
 from streaming.engine.batched import BatchedEngine
 from streaming.engine.local import LocalEngine
-from streaming.models.int4 import pack_model
-from tests.packed import WITH_STEP, random_model
+from tests.packed import WITH_STEP, pack_model, random_model
 from tests.serving import wait_for
 from tests.tiny import N_CONTEXT, loaded, tiny_llama
 
